@@ -1,0 +1,51 @@
+# Verbs of the project; CI runs these and no others. `make test` is what decides.
+
+PYTHON ?= python3
+VENV ?= .venv-dev
+BIN = $(VENV)/bin
+
+.PHONY: test test-c test-python install lint build clean check-tools
+
+# Everything: C tests under sanitizers, lint and types, Python tests against the installed package.
+test: lint test-c test-python
+
+# A readable line for what is missing, before a compiler or pip says it in fifty.
+check-tools:
+	@command -v $(PYTHON) >/dev/null || { echo "edgeml: Python 3.11 or newer is missing; install it or name it: make PYTHON=/path/to/python3"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "edgeml: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=/path/to/python3"; exit 2; }
+	@command -v $${CC:-cc} >/dev/null || { echo "edgeml: a C compiler is missing (Debian, Ubuntu: apt-get install gcc libc6-dev)"; exit 2; }
+	@$(PYTHON) -c 'import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.get_paths()["include"], "Python.h").exists())' || { echo "edgeml: Python's headers are missing (Debian, Ubuntu: apt-get install python3-dev)"; exit 2; }
+
+# The development environment, made anew when the packaging changes.
+$(VENV)/ready: pyproject.toml | check-tools
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet '.[export,dev]' cmake ninja
+	touch $@
+
+# Reinstall the package itself, so that tests see what a user would get.
+install: $(VENV)/ready
+	$(BIN)/pip install --quiet --no-deps .
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The C tests, once under the address and undefined-behaviour sanitizers and once under the thread sanitizer.
+test-c: $(VENV)/ready
+	@for kind in address,undefined thread; do \
+	  $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -S . -B build/test-$${kind%%,*} -DEDGEML_TESTS=ON -DEDGEML_SANITIZE=$$kind >/dev/null && \
+	  $(BIN)/cmake --build build/test-$${kind%%,*} && \
+	  $(BIN)/ctest --test-dir build/test-$${kind%%,*} --output-on-failure || exit 1; \
+	done
+
+test-python: install
+	$(BIN)/pytest
+
+# The wheel of the runtime.
+build: $(VENV)/ready
+	$(BIN)/pip wheel --quiet --no-deps -w dist .
+
+clean:
+	rm -rf build dist $(VENV)

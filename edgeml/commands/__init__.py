@@ -1,0 +1,1 @@
+"""One module a command; `edgeml.cli` finds them by name."""

@@ -1,0 +1,71 @@
+"""Resident sets and the masks they become: the task's time scale of routing.
+
+A resident set is the pageable pages a request may use under `--residency masked`. It is chosen from the task's recorded
+usage: every site first keeps its most used experts up to top-k (as far as the capacity goes, evenly), then the pages with the
+most usage anywhere follow. Ties go to the lower page, so a set depends on nothing but usage and capacity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeml.errors import UsageError
+from edgeml.manifest import Manifest
+
+__all__ = ["ResidentSet", "mask_of", "resident_set", "usage_of"]
+
+
+@dataclass(frozen=True)
+class ResidentSet:
+    """Pages to hold, and the bias that forbids all other experts: (S, E) float32, 0 or minus infinity."""
+
+    pages: tuple[int, ...]
+    mask: NDArray[np.float32]
+
+
+def usage_of(manifest: Manifest, task: str) -> Sequence[Sequence[float]]:
+    """The recorded usage of a task. Raises `UsageError` where the bundle has none."""
+    if task not in manifest.usage:
+        raise UsageError(
+            f"the bundle records no usage for task '{task}', so masked residency has nothing to choose by; use --residency exact"
+        )
+    return manifest.usage[task]
+
+
+def resident_set(manifest: Manifest, usage: Sequence[Sequence[float]], capacity: int) -> ResidentSet:
+    """The best set of at most `capacity` pages by `usage[site][expert]`."""
+    worth: dict[int, float] = {}
+    ranked: list[list[int]] = []
+    for site, importance in zip(manifest.sites, usage, strict=True):
+        order = sorted(range(len(site.experts)), key=lambda e: (-importance[e], e))
+        ranked.append([site.experts[e].page for e in order])
+        for expert, value in zip(site.experts, importance, strict=True):
+            worth[expert.page] = worth.get(expert.page, 0.0) + value
+    chosen: dict[int, None] = {}
+    deepest = max((site.top_k for site in manifest.sites), default=0)
+    floor = [
+        pages[depth]
+        for depth in range(deepest)
+        for site, pages in zip(manifest.sites, ranked, strict=True)
+        if depth < min(site.top_k, len(pages))
+    ]
+    for page in floor + sorted(worth, key=lambda page: (-worth[page], page)):
+        if len(chosen) >= capacity:
+            break
+        chosen.setdefault(page)
+    return ResidentSet(tuple(sorted(chosen)), mask_of(manifest, chosen))
+
+
+def mask_of(manifest: Manifest, pages: Sequence[int] | dict[int, None] | set[int]) -> NDArray[np.float32]:
+    """The bias (S, E) that leaves only experts on `pages`; sites with fewer experts are padded with minus infinity."""
+    width = max((len(site.experts) for site in manifest.sites), default=0)
+    mask = np.full((len(manifest.sites), width), -np.inf, np.float32)
+    for number, site in enumerate(manifest.sites):
+        for index, expert in enumerate(site.experts):
+            if expert.page in pages:
+                mask[number, index] = 0
+    return mask

@@ -1,0 +1,1 @@
+"""The export side of edgeml: torch models become bundles. Needs the extra `export`."""

@@ -1,0 +1,111 @@
+"""Rooms and arrows: who may import whom, how long a file may be, and what `__all__` promises."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+#: Modules of edgeml in layers; a module imports only from layers before its own, or its own where the second entry allows it.
+LAYERS: list[set[str]] = [
+    {"errors"},
+    {"native", "sizes", "strict_json"},
+    {"layout"},
+    {"bundle_writer"},
+    {"bundle", "data", "policy", "metrics"},
+    {"kernels", "manifest"},
+    {"preprocess", "router"},
+    {"store"},
+    {"graph"},
+    {"session"},
+    {"measure", "report"},
+    {"commands"},
+    {"cli"},
+]
+LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
+
+#: The only modules that may import these.
+ONLY_IN = {"onnxruntime": {"graph"}, "click": {"cli", "commands"}, "edgeml._native": {"native"}, "tokenizers": {"preprocess"}}
+NEVER_IN_RUNTIME = {"torch", "onnx", "edgeml_export", "edgeml_devices", "safetensors"}
+EXPORT_MAY = {
+    "errors",
+    "native",
+    "layout",
+    "bundle",
+    "bundle_writer",
+    "data",
+    "manifest",
+    "kernels",
+    "metrics",
+    "preprocess",
+    "sizes",
+}
+
+
+def python_files(room: str) -> list[Path]:
+    return sorted((ROOT / room).rglob("*.py"))
+
+
+def imports(file: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} if node.module != "edgeml" else {f"edgeml.{alias.name}" for alias in node.names}
+    return names
+
+
+def module(file: Path) -> str:
+    return file.relative_to(ROOT / "edgeml").parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("file", python_files("edgeml"), ids=lambda file: str(file.relative_to(ROOT)))
+def test_arrows_inside_the_runtime(file: Path) -> None:
+    own = module(file)
+    if own == "__init__":
+        return
+    assert own in LAYER, f"{own} has no layer: add it to LAYERS"
+    for name in imports(file):
+        top = name.split(".")[0]
+        assert top not in NEVER_IN_RUNTIME, f"{file} imports {name}"
+        for library, allowed in ONLY_IN.items():
+            if name == library or name.startswith(library + "."):
+                assert own in allowed, f"{file} imports {name}"
+        if name.startswith("edgeml.") and name != "edgeml._native":
+            other = name.split(".")[1]
+            # `graph.check_stages` opens a store; both are the shell around one native context.
+            if LAYER.get(other, 99) >= LAYER[own] and not (own == other == "commands"):
+                raise AssertionError(f"{file} imports {name}, which is not to its left")
+
+
+@pytest.mark.parametrize("file", python_files("exporters"), ids=lambda file: str(file.relative_to(ROOT)))
+def test_arrows_from_the_exporters(file: Path) -> None:
+    for name in imports(file):
+        if name.startswith("edgeml."):
+            assert name.split(".")[1] in EXPORT_MAY, f"{file} imports {name}"
+
+
+def sources() -> list[Path]:
+    rooms = ("edgeml", "exporters", "devices", "native", "tests", "examples", "benchmarks")
+    return [file for room in rooms for file in sorted((ROOT / room).rglob("*")) if file.suffix in (".py", ".c", ".h")]
+
+
+@pytest.mark.parametrize("file", sources(), ids=lambda file: str(file.relative_to(ROOT)))
+def test_files_stay_short(file: Path) -> None:
+    limit = 500 if file.suffix == ".py" else 600
+    assert len(file.read_text("utf-8").splitlines()) <= limit
+
+
+@pytest.mark.parametrize("file", python_files("edgeml"), ids=lambda file: str(file.relative_to(ROOT)))
+def test_all_names_what_is_there(file: Path) -> None:
+    name = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    loaded = importlib.import_module(name)
+    exported = getattr(loaded, "__all__", [])
+    assert sorted(exported) == sorted(set(exported))
+    for item in exported:
+        assert hasattr(loaded, item), f"{name}.__all__ has {item}"
