@@ -44,7 +44,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from edgeml.bundle_writer import PageSource, write_bundle, write_file
+from edgeml.bundle_writer import PageSource, encode_manifest, write_bundle, write_file
 from edgeml.errors import BundleError, DeviceError, PageError, UsageError
 from edgeml.layout import (
     HEADER_BYTES,
@@ -62,7 +62,7 @@ from edgeml.layout import (
     row_bytes,
 )
 from edgeml.native import crc32c
-from edgeml.strict_json import StrictJsonError, decode_object, encode_object
+from edgeml.strict_json import StrictJsonError, decode_object
 
 __all__ = [
     "Activation",
@@ -197,10 +197,7 @@ class Bundle:
 
 def replace_manifest(path: str | os.PathLike[str], manifest: Mapping[str, Any]) -> None:
     """Write the same pages and index with a new manifest, atomically: the identity stays. Raises as `Bundle.open` and `write_bundle`."""
-    try:
-        document = encode_object(manifest)
-    except StrictJsonError as error:
-        raise UsageError(f"the manifest cannot be written: {error}") from None
+    document = encode_manifest(manifest)
     with Bundle.open(path) as bundle:
         old = bundle.header
         new = Header(

@@ -39,7 +39,7 @@ from edgeml.layout import (
 from edgeml.native import crc32c
 from edgeml.strict_json import StrictJsonError, encode_object
 
-__all__ = ["PageSource", "write_bundle", "write_file"]
+__all__ = ["PageSource", "encode_manifest", "write_bundle", "write_file"]
 
 Manifest = Mapping[str, Any]
 
@@ -79,7 +79,7 @@ def write_bundle(
         for source in pages:
             written.append(_write_page(out, len(written), source))
             out.write(bytes(align_up(out.position, alignment) - out.position))
-        document = _encode_manifest(manifest(written) if callable(manifest) else manifest)
+        document = encode_manifest(manifest(written) if callable(manifest) else manifest)
         index_offset = out.position
         index = b"".join(encode_record(page) for page in written)
         out.write(index)
@@ -169,7 +169,8 @@ def _count_and_stride(source: PageSource) -> tuple[int, int]:
     return 0, 0
 
 
-def _encode_manifest(manifest: Manifest) -> bytes:
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The manifest's canonical bytes. Raises `UsageError` for what JSON cannot say and above the limit."""
     try:
         document = encode_object(manifest)
     except StrictJsonError as error:

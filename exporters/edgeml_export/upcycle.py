@@ -75,7 +75,7 @@ class MixtureFeedForward(nn.Module):
         weights = self.weights(x, bias)
         self.chosen = weights.detach()
         h = F.gelu(self.up(x))
-        shared, routed = h.split([self.config.shared, h.shape[-1] - self.config.shared], dim=-1)
+        shared, routed = h[..., : self.config.shared], h[..., self.config.shared :]
         routed = routed.unflatten(-1, (self.config.experts, self.config.width)) * weights[..., None]
         return cast(Tensor, self.down(torch.cat([shared, routed.flatten(-2)], dim=-1)))
 
@@ -202,7 +202,7 @@ def _balanced(similarity: Tensor, size: int) -> Tensor:
 def _energy(h: Tensor, down: Tensor, config: MixtureConfig) -> Tensor:
     """Root of the summed squared contributions of each routed expert's neurons, (N, E)."""
     parts = (h * down.norm(dim=0))[:, config.shared :].unflatten(-1, (config.experts, config.width))
-    return parts.square().sum(-1).sqrt()
+    return cast(Tensor, parts.square().sum(-1).sqrt())
 
 
 def _start_router(part: MixtureFeedForward, x: Tensor, energy: Tensor, ridge: float = 10.0) -> None:
