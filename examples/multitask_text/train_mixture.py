@@ -5,6 +5,9 @@
 Targets are the dense model's class probabilities and mean-pooled states on the training rows, computed once. A part of
 the rows is run with only the task's own half of the experts (by running usage): the mask that `--residency masked` uses.
 No row is ever run with random or without routed experts, and nothing balances the load.
+
+Attention, norms and the shared experts stay as they were in the dense model: where they may learn, they learn to do without
+the routed experts (measured: in 1,500 steps the loss from masking all of them fell from 10 points to 3).
 """
 
 from __future__ import annotations
@@ -22,10 +25,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from train_dense import class_weights
 
-CONFIG = MixtureConfig(shared=256, experts=20, width=64, top_k=6)
+CONFIG = MixtureConfig(shared=128, experts=22, width=64, top_k=6)
+INSIDE = 8  # experts of a site that start as a task's own
 EMBED_SHARE = 0.06  # of the rows serve the sentence vector
 MASKED_SHARE = 0.35  # of the rows run with their task's half of the experts
 OUTSIDE = -3.0
+RATE = 5e-4  # of the routed experts
 
 
 def classes(corpus: Corpus) -> dict[str, int]:
@@ -105,6 +110,15 @@ def accuracies(model: MultiTaskMixture, corpus: Corpus, mask: Tensor | None = No
     return {task.name: round(float(right[i] / total[i]), 4) for i, task in enumerate(corpus.tasks)}
 
 
+def freeze_shared(model: MultiTaskMixture) -> None:
+    """Let no gradient reach the shared neurons, which lie first in the same tensors as the routed ones."""
+    keep = torch.cat([torch.zeros(CONFIG.shared), torch.ones(CONFIG.intermediate - CONFIG.shared)])
+    for site in model.sites():
+        site.up.weight.register_hook(lambda gradient: gradient * keep[:, None])
+        site.up.bias.register_hook(lambda gradient: gradient * keep)
+        site.down.weight.register_hook(lambda gradient: gradient * keep)
+
+
 def report(model: MultiTaskMixture, corpus: Corpus, usage: Tensor, step: int) -> None:
     """Print the mean accuracy with all experts, the used half, a random half and none."""
     generator = torch.Generator().manual_seed(7)
@@ -145,18 +159,24 @@ def main() -> None:
         torch.save(teach(dense, train), cache)
     targets = torch.load(cache)
     targets["original"] = F.normalize(torch.load(arguments.dense / "original.pt"), dim=-1)
-    model = upcycle(dense, CONFIG, calibration(train), arguments.seed, OUTSIDE)
+    model = upcycle(dense, CONFIG, calibration(train), arguments.seed, INSIDE, OUTSIDE)
     count = len(train.tasks)
     usage = torch.softmax(model.task_bias.detach(), -1)
     report(model, validation, usage, 0)
 
-    for table in (model.encoder.words, model.encoder.positions, model.encoder.types):
-        table.requires_grad_(False)
+    model.requires_grad_(False)
     fast = [p for name, p in model.named_parameters() if name.startswith(("heads", "embed_head")) or ".router." in name]
-    slow = [p for p in model.parameters() if p.requires_grad and p is not model.task_bias and not any(p is q for q in fast)]
-    groups = [{"params": slow, "lr": 2e-4}, {"params": fast, "lr": 1e-3}, {"params": [model.task_bias], "lr": 1e-2, "weight_decay": 0.0}]
+    slow = [p for site in model.sites() for p in (site.up.weight, site.up.bias, site.down.weight)]
+    for parameter in (*fast, *slow, model.task_bias):
+        parameter.requires_grad_(True)
+    freeze_shared(model)
+    groups = [
+        {"params": slow, "lr": RATE, "weight_decay": 0.0},
+        {"params": fast, "lr": 1e-3},
+        {"params": [model.task_bias], "lr": 1e-2, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [2e-4, 1e-3, 1e-2], arguments.steps + 1, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [RATE, 1e-3, 1e-2], arguments.steps + 1, pct_start=0.05)
     first, checkpoint = 0, arguments.out / "checkpoint.pt"
     if arguments.resume and checkpoint.exists():
         state = torch.load(checkpoint)

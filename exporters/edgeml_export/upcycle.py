@@ -8,7 +8,7 @@ Strategy. The neurons of one feed-forward layer are divided, none is added and n
    weight of the chosen experts at 1.
 4. The mean of what top-k leaves out is folded into the output bias.
 
-A task's learned bias is added to the router's logits. It starts at 0 for the half of the experts that are more active
+A task's learned bias is added to the router's logits. It starts at 0 for the `inside` experts of a site that are more active
 on that task than on others, and at `outside` for the rest: routing is by task and by token from the first step.
 
 Weights are 2 sigmoid(logit), not renormalised: masking an expert takes its contribution away and changes no other.
@@ -109,11 +109,17 @@ class _Observed:
 
 @torch.no_grad()
 def upcycle(
-    model: MultiTaskModel, config: MixtureConfig, batches: list[tuple[Tensor, Tensor, Tensor, Tensor]], seed: int = 0, outside: float = -3.0
+    model: MultiTaskModel,
+    config: MixtureConfig,
+    batches: list[tuple[Tensor, Tensor, Tensor, Tensor]],
+    seed: int = 0,
+    inside: int | None = None,
+    outside: float = -3.0,
 ) -> MultiTaskMixture:
     """Turn a dense model into a mixture of the same neurons.
 
     `batches` are calibration inputs (ids, mask, types, task); the dense layers' width must be `config.intermediate`.
+    `inside` experts of each site start as a task's own (None: half of them).
     """
     encoder = model.encoder
     classes = {name: cast(nn.Linear, head).out_features for name, head in model.heads.items()}
@@ -131,7 +137,7 @@ def upcycle(
         part.down.weight.data, part.down.bias.data = dense.down.weight[:, order].clone(), dense.down.bias.clone()
         energy = _energy(observed.h[:, order], part.down.weight, config)
         _start_router(part, observed.x, energy)
-        mixture.task_bias.data[:, site] = _task_bias(energy, observed.task, len(classes), outside)
+        mixture.task_bias.data[:, site] = _task_bias(energy, observed.task, len(classes), inside or config.experts // 2, outside)
         bias = mixture.task_bias[observed.task, site]
         for _ in range(2):  # the offset moves the weights, the weights move what is left out
             weights = part.weights(observed.x[:, None], bias)[:, 0]
@@ -216,12 +222,12 @@ def _start_router(part: MixtureFeedForward, x: Tensor, energy: Tensor, ridge: fl
     part.router.bias.data = target.mean(0) - weight @ mean
 
 
-def _task_bias(energy: Tensor, task: Tensor, tasks: int, outside: float) -> Tensor:
-    """(tasks + 1, E): 0 for the experts of a task's half, `outside` for others; the last row, for all texts, is 0."""
+def _task_bias(energy: Tensor, task: Tensor, tasks: int, count: int, outside: float) -> Tensor:
+    """(tasks + 1, E): 0 for a task's `count` own experts, `outside` for others; the last row, for all texts, is 0."""
     means = torch.stack([energy[task == t].mean(0) for t in range(tasks)])
     special = (means - means.mean(0)) / means.std(0).clamp(min=1e-6)
     general = (means.mean(0) - means.mean()) / means.mean(0).std().clamp(min=1e-6)
     score = special + 0.25 * general
-    inside = score.argsort(dim=-1, descending=True)[:, : energy.shape[1] // 2]
-    bias = torch.full_like(score, outside).scatter_(-1, inside, 0.0)
+    own = score.argsort(dim=-1, descending=True)[:, :count]
+    bias = torch.full_like(score, outside).scatter_(-1, own, 0.0)
     return torch.cat([bias, torch.zeros(1, energy.shape[1])])
