@@ -1,10 +1,52 @@
-"""The seam to libedgeml: the only module that imports the C extension. It checks what crosses and does nothing else."""
+"""The seam to libedgeml: the only module that imports the C extension. It checks what crosses and does nothing else.
+
+Arrays are made contiguous and checked for rank and width before a pointer leaves; the one function that turns a status into
+an exception is `_check`. What each call does is said in native/include/edgeml.h.
+"""
 
 from __future__ import annotations
 
-from edgeml._native import ffi, lib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
 
-__all__ = ["crc32c", "crc32c_name"]
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeml import _native
+from edgeml._native import ffi, lib
+from edgeml.errors import BudgetError, BundleError, DeviceError, EdgemlError, PageError, UsageError
+
+__all__ = [
+    "LIBRARY_PATH",
+    "Context",
+    "Request",
+    "Site",
+    "apply_activation",
+    "apply_matrix",
+    "backends",
+    "crc32c",
+    "crc32c_name",
+    "plan",
+]
+
+#: What `SessionOptions.register_custom_ops_library` takes.
+LIBRARY_PATH: str = os.path.abspath(_native.__file__)
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where experts are chosen: `(page, sub)` of its routed and shared experts, its width, experts per token."""
+
+    experts: Sequence[tuple[int, int]]
+    shared: Sequence[tuple[int, int]]
+    hidden: int
+    top_k: int
 
 
 def crc32c(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
@@ -16,3 +58,319 @@ def crc32c(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
 def crc32c_name() -> str:
     """How the checksum is computed here: `sse4.2`, `armv8` or `table`."""
     return str(ffi.string(lib.edgeml_crc32c_name()).decode("ascii"))
+
+
+def backends() -> list[str]:
+    """Names of the kernel sets this processor can run: `scalar` first, the preferred one last."""
+    names = ffi.new("const char *[16]")
+    count = lib.edgeml_backends(names, 16)
+    return [ffi.string(names[number]).decode("ascii") for number in range(min(count, 16))]
+
+
+def apply_matrix(isa: str | None, type: int, tiles: bytes, rows: int, cols: int, x: Floats, bias: Floats | None = None) -> Floats:
+    """Packed tiles (rows, cols) times x (N, cols), plus bias (rows,), by one kernel set: (N, rows). For tests and probes."""
+    x = _array(x, np.float32, (None, cols))
+    added = ffi.NULL if bias is None else _floats(_array(bias, np.float32, (rows,)))
+    out = np.empty((len(x), rows), np.float32)
+    data = ffi.from_buffer(tiles)
+    _check(lib.edgeml_apply_matrix(_name(isa), type, data, len(data), rows, cols, _floats(x), len(x), added, _floats(out)))
+    return out
+
+
+def apply_activation(isa: str | None, activation: int, x: Floats) -> Floats:
+    """An activation function of every value of x, by one kernel set. For tests and probes."""
+    out = np.array(x, np.float32, order="C")
+    _check(lib.edgeml_apply_activation(_name(isa), activation, _floats(out), out.size))
+    return out
+
+
+def plan(index: bytes, sites: Sequence[Site], threads: int = 1, requests: int = 2) -> dict[str, int]:
+    """What a `Context` would hold, in bytes: `pinned_bytes`, `slot_bytes`, `scratch_bytes`, `pageable_bytes`, `pageable_pages`."""
+    options, _keep = _options(-1, index, sites, 1, threads, 1, requests, False, None)
+    out = ffi.new("edgeml_plan_result *")
+    _check(lib.edgeml_plan(options, out))
+    names = ("pinned_bytes", "slot_bytes", "scratch_bytes", "pageable_bytes", "pageable_pages")
+    return {name: int(getattr(out, name)) for name in names}
+
+
+class Context:
+    """The native side of one open bundle; safe for several threads. Raises `PageError` when a pinned page cannot be read."""
+
+    def __init__(
+        self,
+        fd: int,
+        index: bytes,
+        sites: Sequence[Site],
+        *,
+        slots: int,
+        threads: int = 1,
+        readers: int = 2,
+        requests: int = 2,
+        direct: bool = True,
+        isa: str | None = None,
+    ) -> None:
+        options, _keep = _options(fd, index, sites, slots, threads, readers, requests, direct, isa)
+        handle, fault = ffi.new("edgeml_context **"), ffi.new("edgeml_fault *")
+        self._context: Any = None
+        _check(lib.edgeml_open(options, handle, fault), fault)
+        self._context = handle[0]
+        self._sites = list(sites)
+
+    @property
+    def handle(self) -> str:
+        """The value of the session configuration entry `edgeml.context`."""
+        return str(lib.edgeml_handle(self._open()))
+
+    def request(self) -> Request:
+        """A request of the calling thread, as a context manager."""
+        return Request(self)
+
+    def linear(self, page: int, x: Floats) -> Floats:
+        """A linear page applied to (N, cols) -> (N, rows)."""
+        rows, cols = self._matrix(page)
+        x = _array(x, np.float32, (None, cols))
+        out = np.empty((len(x), rows), np.float32)
+        _check(lib.edgeml_linear(self._open(), page, _floats(x), len(x), _floats(out)))
+        return out
+
+    def experts(self, site: int, x: Floats, ids: Ints, weights: Floats) -> Floats:
+        """A site's experts applied to (N, hidden) with ids, weights (N, k), counted for the thread's current request."""
+        if not 0 <= site < len(self._sites):
+            raise UsageError(f"there is no site {site}")
+        x = _array(x, np.float32, (None, self._sites[site].hidden))
+        ids = _array(ids, np.int64, (len(x), None))
+        weights = _array(weights, np.float32, ids.shape)
+        out = np.empty_like(x)
+        request = ffi.new("edgeml_request *")
+        current = _current.get(self)
+        status = lib.edgeml_experts(
+            self._open(),
+            request if current is None else current,
+            site,
+            _floats(x),
+            _longs(ids),
+            _floats(weights),
+            len(x),
+            ids.shape[1],
+            _floats(out),
+        )
+        _check(status, ffi.addressof(request if current is None else current, "fault"))
+        return out
+
+    def embed_rows(self, page: int, ids: Ints) -> Floats:
+        """Rows `ids` (N,) of a rows page -> (N, cols)."""
+        cols = self._matrix(page)[1]
+        ids = _array(ids, np.int64, (None,))
+        out = np.empty((len(ids), cols), np.float32)
+        request = ffi.new("edgeml_request *")
+        status = lib.edgeml_embed_rows(self._open(), request, page, _longs(ids), len(ids), _floats(out))
+        _check(status, ffi.addressof(request, "fault"))
+        return out
+
+    def prefetch(self, pages: Sequence[int], priority: int = 0) -> None:
+        """Give pages a priority and read the absent ones where there is room for them; does not wait."""
+        _check(lib.edgeml_advise(self._open(), list(pages), len(pages), priority, 1))
+
+    def set_priority(self, pages: Sequence[int], priority: int) -> None:
+        """Give pages a priority; the lowest is evicted first."""
+        _check(lib.edgeml_advise(self._open(), list(pages), len(pages), priority, 0))
+
+    def settle(self) -> None:
+        """Wait until no read is under way."""
+        lib.edgeml_settle(self._open())
+
+    def evict_all(self) -> None:
+        """Give up every page that is resident and unpinned."""
+        lib.edgeml_evict_all(self._open())
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since opening and what is held. Bytes and nanoseconds by name; `resident` lists the pages in slots."""
+        context = self._open()
+        out = ffi.new("edgeml_stats *")
+        lib.edgeml_get_stats(context, out)
+        pages = ffi.new("uint32_t[]", out.slots)
+        count = min(lib.edgeml_get_resident(context, pages, out.slots), out.slots)
+        names = ("evictions", "retries", "failures", "pinned_bytes", "slot_bytes", "scratch_bytes", "slots")
+        return {
+            **_counters(out.total),
+            **{name: int(getattr(out, name)) for name in names},
+            "direct": bool(out.direct),
+            "isa": ffi.string(out.isa).decode("ascii"),
+            "resident": [int(pages[i]) for i in range(count)],
+        }
+
+    def site_stats(self) -> list[dict[str, int]]:
+        """Counters of each site: `hits`, `misses`, `page_in_bytes`, `page_wait_ns`."""
+        out = ffi.new("edgeml_counters[]", max(len(self._sites), 1))
+        lib.edgeml_get_site_stats(self._open(), out)
+        return [_counters(out[i]) for i in range(len(self._sites))]
+
+    def close(self) -> None:
+        """Free everything; a second call does nothing. Raises `UsageError` while requests or graphs still use it."""
+        if self._context is not None:
+            _check(lib.edgeml_close(self._context))
+            self._context = None
+
+    def _open(self) -> Any:
+        if self._context is None:
+            raise UsageError("this bundle is closed")
+        return self._context
+
+    def _matrix(self, page: int) -> tuple[int, int]:
+        rows, cols = ffi.new("uint32_t *"), ffi.new("uint32_t *")
+        if page < 0 or lib.edgeml_get_matrix(self._open(), page, 0, rows, cols):
+            raise UsageError(f"page {page} has no matrix")
+        return int(rows[0]), int(cols[0])
+
+    def __del__(self) -> None:
+        # A context that is dropped instead of closed must not leave its threads behind; one in use cannot be freed.
+        if getattr(self, "_context", None) is not None:
+            lib.edgeml_close(self._context)
+
+
+class Request:
+    """One call for one task, on one thread: `with context.request() as request: ...`. Its counters stay readable afterwards."""
+
+    def __init__(self, context: Context) -> None:
+        self._owner = context
+        self._request = ffi.new("edgeml_request *")
+        self._lease: Any = None
+
+    def __enter__(self) -> Request:
+        _check(lib.edgeml_request_begin(self._owner._open(), self._request))
+        _current.set(self._owner, self._request)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        _current.clear()
+        lib.edgeml_request_end(self._request)
+
+    def lease(self, pages: Sequence[int]) -> None:
+        """Pin these pages until the request ends and page them in; nothing else may be used by it. Raises `BudgetError`, `PageError`."""
+        ordered = sorted(set(pages))
+        self._lease = ffi.new("uint32_t[]", ordered)
+        _check(lib.edgeml_request_lease(self._request, self._lease, len(ordered)), ffi.addressof(self._request, "fault"))
+
+    @property
+    def hits(self) -> int:
+        """Acquisitions of pages that were resident."""
+        return int(self._request.counters.hits)
+
+    @property
+    def misses(self) -> int:
+        """Acquisitions of pages that were not."""
+        return int(self._request.counters.misses)
+
+    @property
+    def page_in_bytes(self) -> int:
+        """Bytes read for this request."""
+        return int(self._request.counters.page_in_bytes)
+
+    @property
+    def page_wait_ns(self) -> int:
+        """Nanoseconds its thread waited for pages."""
+        return int(self._request.counters.page_wait_ns)
+
+    @property
+    def error(self) -> EdgemlError | None:
+        """The first fault an operator met for this request."""
+        fault = self._request.fault
+        return _error(fault.status, fault) if fault.status else None
+
+
+class _Current:
+    """The request that direct calls on this thread are counted for: what C keeps for the operators, kept for `Context.experts`."""
+
+    def __init__(self) -> None:
+        import threading
+
+        self._local = threading.local()
+
+    def set(self, context: Context, request: Any) -> None:
+        self._local.pair = (context, request)
+
+    def clear(self) -> None:
+        self._local.pair = (None, None)
+
+    def get(self, context: Context) -> Any:
+        owner, request = getattr(self._local, "pair", (None, None))
+        return request if owner is context else None
+
+
+_current = _Current()
+
+
+def _options(
+    fd: int,
+    index: bytes,
+    sites: Sequence[Site],
+    slots: int,
+    threads: int,
+    readers: int,
+    requests: int,
+    direct: bool,
+    isa: str | None,
+) -> tuple[Any, list[Any]]:
+    """The C options and what must stay alive while they are used."""
+    table = ffi.new("edgeml_site[]", max(len(sites), 1))
+    keep: list[Any] = [table, ffi.from_buffer(index)]
+    for entry, site in zip(table, sites, strict=False):
+        experts, shared = ffi.new("edgeml_expert_ref[]", list(site.experts)), ffi.new("edgeml_expert_ref[]", list(site.shared))
+        keep += [experts, shared]
+        entry.experts, entry.expert_count = experts, len(site.experts)
+        entry.shared, entry.shared_count = shared, len(site.shared)
+        entry.hidden, entry.top_k = site.hidden, site.top_k
+    name = _name(isa)
+    options = ffi.new("edgeml_options *")
+    options.fd, options.direct = fd, direct
+    options.index, options.index_bytes = keep[1], len(index)
+    options.sites, options.site_count = table, len(sites)
+    options.slots, options.threads, options.readers, options.requests = slots, threads, readers, requests
+    options.isa = name
+    return options, [*keep, name, options]
+
+
+def _counters(counters: Any) -> dict[str, int]:
+    return {name: int(getattr(counters, name)) for name in ("hits", "misses", "page_in_bytes", "page_wait_ns")}
+
+
+def _array(values: Any, kind: type, shape: tuple[int | None, ...]) -> NDArray[Any]:
+    array = np.ascontiguousarray(values, kind)
+    if array.ndim != len(shape) or any(want not in (None, have) for want, have in zip(shape, array.shape, strict=True)):
+        raise UsageError(f"an array of shape {array.shape}, where {tuple('any' if n is None else n for n in shape)} is needed")
+    return array
+
+
+def _name(isa: str | None) -> Any:
+    return ffi.NULL if isa is None else ffi.new("char[]", isa.encode())
+
+
+def _floats(array: Floats) -> Any:
+    return ffi.from_buffer("float[]", array)
+
+
+def _longs(array: Ints) -> Any:
+    return ffi.from_buffer("int64_t[]", array)
+
+
+def _check(status: int, fault: Any = None) -> None:
+    if status:
+        raise _error(status, fault)
+
+
+def _error(status: int, fault: Any) -> EdgemlError:
+    sentence = ffi.string(lib.edgeml_status_text(status)).decode("ascii")
+    if status in (lib.EDGEML_READ_FAILED, lib.EDGEML_TRUNCATED, lib.EDGEML_CHECKSUM):
+        cause = f" ({os.strerror(fault.error)})" if fault.error else ""
+        return PageError(f"page {fault.page} at offset {fault.offset}: {sentence}{cause}; check the medium, or copy the bundle again")
+    if status == lib.EDGEML_NOT_LEASED:
+        return UsageError(f"page {fault.page}: {sentence}; its mask and its pages do not agree")
+    if status == lib.EDGEML_NEVER_FITS:
+        return BudgetError(f"{sentence}; give more memory or a smaller set")
+    if status == lib.EDGEML_BAD_ARGUMENT and fault is not None:
+        return UsageError(f"{sentence}: {fault.value}")
+    if status == lib.EDGEML_BAD_INDEX:
+        return BundleError(sentence)
+    if status == lib.EDGEML_NO_MEMORY:
+        return DeviceError(f"{sentence} for this budget; give a smaller one")
+    return UsageError(sentence)

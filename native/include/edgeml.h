@@ -1,7 +1,16 @@
-/* libedgeml: the native side of edgeml. C11, no Python, no allocation after open.
+/* libedgeml: the native side of edgeml. C11, no Python, no JSON, no allocation between open and close.
  *
- * CRC-32C (Castagnoli) guards the bundle's header, every page, and every row of an embedding table: it is checked each time
- * a page comes in from flash, so it uses the processor's instruction where there is one.
+ * How it is used, from simple to whole:
+ *   1. Checksums: edgeml_crc32c.
+ *   2. Kernels on packed weights, for tests and probes: the section "kernels".
+ *   3. A bundle's weights under a memory budget: fill edgeml_options, edgeml_plan says what it would hold, edgeml_open holds
+ *      it. Then edgeml_linear, edgeml_experts and edgeml_embed_rows compute, paging experts in as they are needed.
+ *   4. The same three as operators of onnxruntime: load this library with register_custom_ops_library and set the session
+ *      configuration entry "edgeml.context" to the decimal edgeml_handle of the context.
+ *
+ * Every function that can fail returns a status; results go through pointers. Pointers handed in stay the caller's. Functions
+ * may be called from any thread unless they say otherwise; one edgeml_request belongs to one thread at a time.
+ * The layout of the index, of pages and of weight tiles is the bundle's format (the head of edgeml/bundle.py).
  */
 #ifndef EDGEML_H
 #define EDGEML_H
@@ -13,12 +22,192 @@
 extern "C" {
 #endif
 
+/* ---- status ---- */
+
+#define EDGEML_STATUS_MAP(X)                                                   \
+  X(OK, 0, "done")                                                             \
+  X(NO_MEMORY, 1, "not enough memory")                                         \
+  X(BAD_INDEX, 2, "the index breaks the format")                               \
+  X(BAD_ARGUMENT, 3, "an argument is outside its range")                       \
+  X(READ_FAILED, 4, "reading failed")                                          \
+  X(TRUNCATED, 5, "the file ends too early: it was cut after it was opened")   \
+  X(CHECKSUM, 6, "the checksum is wrong")                                      \
+  X(NOT_LEASED, 7, "a page outside the request's leased set was asked for")    \
+  X(NEVER_FITS, 8, "the set of pages is larger than the slots that there are") \
+  X(BUSY, 9, "requests or graphs still use it")                                \
+  X(NO_SUCH_ISA, 10, "this processor has no such kernels")
+
+typedef enum edgeml_status {
+#define X(name, number, sentence) EDGEML_##name = number,
+  EDGEML_STATUS_MAP(X)
+#undef X
+} edgeml_status;
+
+/* The sentence of a status; static, never NULL. */
+const char *edgeml_status_text(int status);
+
+/* What went wrong. `page` is UINT32_MAX where no page is meant; `value` is the offending number of a BAD_ARGUMENT. */
+typedef struct edgeml_fault {
+  int32_t status;   /* edgeml_status */
+  int32_t error;    /* errno of a failed read, else 0 */
+  uint32_t page;
+  uint64_t offset;  /* bytes from the file's start */
+  int64_t value;
+} edgeml_fault;
+
+/* ---- checksum ---- */
+
 /* CRC-32C of `n` bytes at `data`, continuing from `crc` (0 for a new message): crc(ab) = crc(b, crc(a)).
- * Allocates nothing, cannot fail, may be called from any thread. `data` may be NULL when `n` is 0. */
+ * Allocates nothing, cannot fail. `data` may be NULL when `n` is 0. */
 uint32_t edgeml_crc32c(uint32_t crc, const void *data, size_t n);
 
 /* "sse4.2", "armv8" or "table": how edgeml_crc32c computes on this machine. The string is static. */
 const char *edgeml_crc32c_name(void);
+
+/* ---- kernels ---- */
+
+/* Names of the kernel sets that this processor can run, into `names` as far as there is room: "scalar" first, the preferred one
+ * last. Returns how many there are. The strings are static. All sets give the same bits. */
+size_t edgeml_backends(const char **names, size_t room);
+
+/* y (n, rows) = packed matrix (rows, cols) of weight type 1 (f32), 2 (int8) or 3 (int4) times x (n, cols), plus bias (rows, or
+ * NULL), with the kernel set `isa` (NULL: the preferred one). Errors: BAD_ARGUMENT where `tiles_bytes` is not the size of such a
+ * matrix or a dimension is outside 1 to 2^24; NO_SUCH_ISA; NO_MEMORY. */
+int edgeml_apply_matrix(const char *isa, int type, const void *tiles, size_t tiles_bytes, size_t rows, size_t cols, const float *x,
+                        size_t n, const float *bias, float *y);
+
+/* Replace n values by their activation: 0 none, 1 gelu, 2 relu, 3 silu. Errors: BAD_ARGUMENT, NO_SUCH_ISA. */
+int edgeml_apply_activation(const char *isa, int activation, float *y, size_t n);
+
+/* ---- context ---- */
+
+typedef struct edgeml_context edgeml_context;
+
+/* Where an expert lies: the `sub`-th of page `page`. */
+typedef struct edgeml_expert_ref {
+  uint32_t page, sub;
+} edgeml_expert_ref;
+
+/* A place where experts are chosen. Arrays are read during open only. */
+typedef struct edgeml_site {
+  const edgeml_expert_ref *experts; /* routed: pageable */
+  const edgeml_expert_ref *shared;  /* always active: pinned */
+  uint32_t expert_count, shared_count;
+  uint32_t hidden;                  /* width of the site's input and output, floats */
+  uint32_t top_k;                   /* most experts per token */
+} edgeml_site;
+
+typedef struct edgeml_options {
+  int fd;                 /* the open bundle; duplicated, so the caller may close its own */
+  int direct;             /* 1: read pages with O_DIRECT where the file system allows it */
+  const void *index;      /* the index bytes of a validated bundle; read during open only */
+  size_t index_bytes;
+  const edgeml_site *sites;
+  uint32_t site_count;
+  uint32_t slots;         /* pages that may be resident besides the pinned ones; at least 1 when there are routed experts */
+  uint32_t threads;       /* that compute, the caller's included: 1 to 256 */
+  uint32_t readers;       /* threads that read: 1 to 16 */
+  uint32_t requests;      /* operator calls that may compute at once: 1 to 256; more of them wait */
+  const char *isa;        /* name of a kernel set, NULL for the best */
+} edgeml_options;
+
+/* Bytes that a context holds. The budget is pinned + slots x slot + scratch. */
+typedef struct edgeml_plan_result {
+  uint64_t pinned_bytes;
+  uint64_t slot_bytes;      /* 0 without routed experts */
+  uint64_t scratch_bytes;   /* for options.threads and options.requests */
+  uint64_t pageable_bytes;  /* all routed pages in slots */
+  uint32_t pageable_pages;
+} edgeml_plan_result;
+
+/* What edgeml_open with these options would hold; `fd`, `slots` and `isa` are not looked at. Errors: BAD_INDEX, BAD_ARGUMENT,
+ * NO_MEMORY. */
+int edgeml_plan(const edgeml_options *options, edgeml_plan_result *out);
+
+/* Open: allocates everything, starts the threads, reads and checks the pinned pages. On failure *out is NULL and `fault` (may
+ * be NULL) says which page. Errors: those of edgeml_plan, NO_SUCH_ISA, READ_FAILED, TRUNCATED, CHECKSUM. */
+int edgeml_open(const edgeml_options *options, edgeml_context **out, edgeml_fault *fault);
+
+/* Stop the threads and free everything. BUSY, and nothing done, while requests run or an onnxruntime session has operators of
+ * this context. NULL is allowed. */
+int edgeml_close(edgeml_context *context);
+
+/* A number that names this context in the process, for "edgeml.context". Never 0, never used twice. */
+uint64_t edgeml_handle(const edgeml_context *context);
+
+/* ---- requests ---- */
+
+/* Counters: hits and misses in page acquisitions, bytes read from the file, nanoseconds spent waiting for pages. */
+typedef struct edgeml_counters {
+  uint64_t hits, misses, page_in_bytes, page_wait_ns;
+} edgeml_counters;
+
+/* One call for one task. The caller provides the memory and leaves the fields alone while the request runs. */
+typedef struct edgeml_request {
+  edgeml_context *context;
+  edgeml_counters counters;
+  edgeml_fault fault;       /* the first fault met; status 0 where none */
+  const uint32_t *lease;    /* pages pinned for this request, ascending; the caller's until end */
+  uint32_t lease_count;
+  int32_t leased;           /* 1: only leased pages may be used, even where there are none */
+  void *scratch;            /* working memory kept for a leased request, so that no holder of pins waits for any */
+} edgeml_request;
+
+/* Begin a request and make it the calling thread's current one: operators running on this thread are counted for it. */
+int edgeml_request_begin(edgeml_context *context, edgeml_request *request);
+
+/* Pin `count` pages (ascending, routed) until the request ends, paging in those that are absent. Waits, in order of arrival, for
+ * other leases to end. Errors: BAD_ARGUMENT, NEVER_FITS, READ_FAILED, TRUNCATED, CHECKSUM; then nothing is pinned. */
+int edgeml_request_lease(edgeml_request *request, const uint32_t *pages, uint32_t count);
+
+/* Give up the lease and unset the thread's current request. Counters and fault stay readable. */
+void edgeml_request_end(edgeml_request *request);
+
+/* ---- computing; `request` NULL: counted for the context alone ---- */
+
+/* y (n, rows) = page's matrix times x (n, cols) + bias. Errors: BAD_ARGUMENT. */
+int edgeml_linear(edgeml_context *context, uint32_t page, const float *x, size_t n, float *y);
+
+/* out (n, hidden): shared experts, then for j < k the expert ids[j] (-1: none) times weights[j], added in this order whatever
+ * the order in which pages arrive. ids (n, k), weights (n, k). Errors: BAD_ARGUMENT (value: the bad id), NOT_LEASED, READ_FAILED,
+ * TRUNCATED, CHECKSUM; a fault is also kept in `request`. */
+int edgeml_experts(edgeml_context *context, edgeml_request *request, uint32_t site, const float *x, const int64_t *ids,
+                   const float *weights, size_t n, size_t k, float *out);
+
+/* out (n, cols): rows `ids` of a rows page. Errors: BAD_ARGUMENT (value: the bad id), READ_FAILED, TRUNCATED, CHECKSUM. */
+int edgeml_embed_rows(edgeml_context *context, edgeml_request *request, uint32_t page, const int64_t *ids, size_t n, float *out);
+
+/* ---- hints and figures ---- */
+
+/* Give pages a priority (0 at open; lowest is evicted first). With `load`, absent ones are also read, each into a free slot or
+ * over a page that the eviction rule ranks strictly worse; never waits. Errors: BAD_ARGUMENT. */
+int edgeml_advise(edgeml_context *context, const uint32_t *pages, uint32_t count, int32_t priority, int load);
+
+/* Wait until no read is under way. */
+void edgeml_settle(edgeml_context *context);
+
+/* Give up every page that is resident and unpinned. */
+void edgeml_evict_all(edgeml_context *context);
+
+typedef struct edgeml_stats {
+  edgeml_counters total;
+  uint64_t evictions, retries, failures;
+  uint64_t pinned_bytes, slot_bytes, scratch_bytes;
+  uint32_t slots, resident;
+  int32_t direct;            /* 1 while pages are read with O_DIRECT */
+  const char *isa;
+} edgeml_stats;
+
+void edgeml_get_stats(edgeml_context *context, edgeml_stats *out);
+
+/* Counters of each site, (site_count). */
+void edgeml_get_site_stats(edgeml_context *context, edgeml_counters *out);
+
+/* Ids of up to `room` resident pages, ascending; returns how many there are. */
+uint32_t edgeml_get_resident(edgeml_context *context, uint32_t *out, uint32_t room);
+
+/* Rows and columns of matrix `number` (0 to 2) of a page. Errors: BAD_ARGUMENT where there is none. */
+int edgeml_get_matrix(const edgeml_context *context, uint32_t page, uint32_t number, uint32_t *rows, uint32_t *cols);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,338 @@
+/* The three operators in onnxruntime: domain "edgeml", version 1.
+ *
+ * onnxruntime's C interface is a table that only grows, so the few functions needed are declared here by their place in it and
+ * no header package is needed. A wrong place is a crash, not an error: tests/runtime/test_operators.py runs every one of them.
+ * API version 17 is asked for, so that older runtimes accept the library.
+ *
+ *   PagedExperts(hidden (..., d) f32, ids (..., k) i64, weights (..., k) f32) -> (..., d) f32     attribute site
+ *   Linear(x (..., cols) f32) -> (..., rows) f32                                                  attribute page
+ *   EmbedRows(ids (...) i64) -> (..., cols) f32                                                   attribute page
+ *
+ * A session's operators find their context by the configuration entry "edgeml.context", read when the library is registered,
+ * and their request by the thread they run on.
+ */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "context.h"
+
+#define EXPORT __attribute__((visibility("default")))
+
+typedef void OrtStatus; /* NULL: fine */
+typedef OrtStatus *function(void);
+
+typedef struct OrtApi { /* slots of the table that are used; all return OrtStatus* unless a comment says otherwise */
+  function *slot[275];
+} OrtApi;
+
+typedef struct OrtApiBase {
+  const OrtApi *(*GetApi)(uint32_t version);
+  const char *(*GetVersionString)(void);
+} OrtApiBase;
+
+enum { API_VERSION = 17, ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2, FLOAT = 1, INT64 = 7, REQUIRED = 0, MEMORY_DEFAULT = 0, MAX_DIMS = 16 };
+
+#define CALL(api, number, type, ...) (((type)(void *)(api)->slot[number])(__VA_ARGS__))
+typedef OrtStatus *create_status(int code, const char *message);
+typedef OrtStatus *create_domain(const char *name, void **out);
+typedef OrtStatus *domain_add(void *domain, const void *op);
+typedef OrtStatus *options_add(void *options, void *domain);
+typedef OrtStatus *tensor_data(void *value, void **out);
+typedef OrtStatus *dimension_count(const void *info, size_t *out);
+typedef OrtStatus *dimensions(const void *info, int64_t *out, size_t count);
+typedef OrtStatus *tensor_info(const void *value, void **out);
+typedef OrtStatus *attribute_int(const void *info, const char *name, int64_t *out);
+typedef OrtStatus *context_input(const void *kernel_context, size_t index, const void **out);
+typedef OrtStatus *context_output(void *kernel_context, size_t index, const int64_t *dims, size_t count, void **out);
+typedef void release_info(void *info);
+typedef void release_status(OrtStatus *status);
+typedef OrtStatus *config_entry(const void *options, const char *key, char *value, size_t *size);
+typedef OrtStatus *has_config_entry(const void *options, const char *key, int *out);
+enum {
+  CREATE_STATUS = 0, CREATE_DOMAIN = 26, DOMAIN_ADD = 27, OPTIONS_ADD_DOMAIN = 28, TENSOR_DATA = 51, DIMENSION_COUNT = 61,
+  DIMENSIONS = 62, TENSOR_INFO = 65, ATTRIBUTE_INT = 86, CONTEXT_INPUT = 90, CONTEXT_OUTPUT = 91, RELEASE_STATUS = 93, RELEASE_INFO = 99,
+  HAS_CONFIG_ENTRY = 237, CONFIG_ENTRY = 238
+};
+
+typedef struct OrtCustomOp OrtCustomOp;
+struct OrtCustomOp { /* onnxruntime's layout, in its order */
+  uint32_t version;
+  void *(*CreateKernel)(const OrtCustomOp *, const OrtApi *, const void *info);
+  const char *(*GetName)(const OrtCustomOp *);
+  const char *(*GetExecutionProviderType)(const OrtCustomOp *);
+  int (*GetInputType)(const OrtCustomOp *, size_t);
+  size_t (*GetInputTypeCount)(const OrtCustomOp *);
+  int (*GetOutputType)(const OrtCustomOp *, size_t);
+  size_t (*GetOutputTypeCount)(const OrtCustomOp *);
+  void (*KernelCompute)(void *kernel, void *context);
+  void (*KernelDestroy)(void *kernel);
+  int (*GetInputCharacteristic)(const OrtCustomOp *, size_t);
+  int (*GetOutputCharacteristic)(const OrtCustomOp *, size_t);
+  int (*GetInputMemoryType)(const OrtCustomOp *, size_t);
+  int (*GetVariadicInputMinArity)(const OrtCustomOp *);
+  int (*GetVariadicInputHomogeneity)(const OrtCustomOp *);
+  int (*GetVariadicOutputMinArity)(const OrtCustomOp *);
+  int (*GetVariadicOutputHomogeneity)(const OrtCustomOp *);
+  OrtStatus *(*CreateKernelV2)(const OrtCustomOp *, const OrtApi *, const void *info, void **kernel);
+  OrtStatus *(*KernelComputeV2)(void *kernel, void *context);
+  OrtStatus *(*InferOutputShape)(const OrtCustomOp *, void *);
+  int (*GetStartVersion)(const OrtCustomOp *);
+  int (*GetEndVersion)(const OrtCustomOp *);
+  size_t (*GetMayInplace)(int **, int **);
+  void (*ReleaseMayInplace)(int *, int *);
+  size_t (*GetAliasMap)(int **, int **);
+  void (*ReleaseAliasMap)(int *, int *);
+};
+
+enum which { PAGED_EXPERTS, LINEAR, EMBED_ROWS, OPERATORS };
+static const char *const names[OPERATORS] = {"PagedExperts", "Linear", "EmbedRows"};
+
+typedef struct operator_entry {
+  OrtCustomOp op; /* first: onnxruntime hands back a pointer to it */
+  enum which which;
+  edgeml_context *context;
+} operator_entry;
+
+/* Of one context; sessions keep pointers into it. */
+struct operators {
+  void *domain;
+  operator_entry entries[OPERATORS];
+  struct operators *next;
+};
+
+typedef struct kernel {
+  const OrtApi *api;
+  edgeml_context *context;
+  enum which which;
+  uint32_t number; /* site or page */
+} kernel;
+
+typedef struct tensor {
+  void *data;
+  int64_t dims[MAX_DIMS];
+  size_t rank, rows; /* rows: all but the last dimension */
+  int64_t last;
+} tensor;
+
+/* ---- computing ---- */
+
+static OrtStatus *fail(const OrtApi *api, int code, const char *message) { return CALL(api, CREATE_STATUS, create_status *, code, message); }
+
+static OrtStatus *fail_with(const kernel *k, const edgeml_fault *fault) {
+  char text[256];
+  if (fault->status == EDGEML_BAD_ARGUMENT)
+    snprintf(text, sizeof text, "edgeml.%s: %lld is outside its range", names[k->which], (long long)fault->value);
+  else
+    snprintf(text, sizeof text, "edgeml.%s: page %u at offset %llu: %s%s%s", names[k->which], fault->page,
+             (unsigned long long)fault->offset, edgeml_status_text(fault->status), fault->error ? ": " : "",
+             fault->error ? strerror(fault->error) : "");
+  return fail(k->api, ORT_FAIL, text);
+}
+
+static OrtStatus *get_input(const OrtApi *api, void *context, size_t index, tensor *out) {
+  const void *value;
+  void *info;
+  OrtStatus *status = CALL(api, CONTEXT_INPUT, context_input *, context, index, &value);
+  if (status) return status;
+  status = CALL(api, TENSOR_INFO, tensor_info *, value, &info);
+  if (status) return status;
+  status = CALL(api, DIMENSION_COUNT, dimension_count *, info, &out->rank);
+  if (!status && out->rank > MAX_DIMS) status = fail(api, ORT_INVALID_ARGUMENT, "edgeml: a tensor of more than 16 dimensions");
+  if (!status) status = CALL(api, DIMENSIONS, dimensions *, info, out->dims, out->rank);
+  CALL(api, RELEASE_INFO, release_info *, info);
+  if (status) return status;
+  out->rows = 1, out->last = out->rank ? out->dims[out->rank - 1] : 1;
+  for (size_t i = 0; i + 1 < out->rank; i++) out->rows *= (size_t)out->dims[i];
+  return CALL(api, TENSOR_DATA, tensor_data *, (void *)(uintptr_t)value, &out->data);
+}
+
+static OrtStatus *get_output(const OrtApi *api, void *context, const int64_t *dims, size_t rank, float **data) {
+  void *value;
+  OrtStatus *status = CALL(api, CONTEXT_OUTPUT, context_output *, context, 0, dims, rank, &value);
+  return status ? status : CALL(api, TENSOR_DATA, tensor_data *, value, (void **)data);
+}
+
+static OrtStatus *compute_experts(const kernel *k, void *context) {
+  tensor x, ids, weights;
+  float *out;
+  OrtStatus *status = get_input(k->api, context, 0, &x);
+  if (!status) status = get_input(k->api, context, 1, &ids);
+  if (!status) status = get_input(k->api, context, 2, &weights);
+  if (status) return status;
+  if (x.rank < 1 || x.last != (int64_t)k->context->sites[k->number].hidden || ids.rank < 1 || ids.rows != x.rows ||
+      weights.rows != x.rows || weights.last != ids.last)
+    return fail(k->api, ORT_INVALID_ARGUMENT, "edgeml.PagedExperts: hidden, ids and weights do not fit each other and the site");
+  status = get_output(k->api, context, x.dims, x.rank, &out);
+  if (status) return status;
+  edgeml_request ours = {.context = k->context}, *request = request_current(k->context);
+  if (!request) request = &ours;
+  edgeml_fault before = request->fault;
+  request->fault.status = EDGEML_OK;
+  int result = edgeml_experts(k->context, request, k->number, x.data, ids.data, weights.data, x.rows, (size_t)ids.last, out);
+  edgeml_fault met = request->fault;
+  if (before.status || !result) request->fault = before; /* a request keeps the first fault it met */
+  return result ? fail_with(k, &met) : NULL;
+}
+
+static OrtStatus *compute_linear(const kernel *k, void *context) {
+  tensor x;
+  float *out;
+  const matrix *m = &k->context->pager.pages[k->number].matrices[0];
+  OrtStatus *status = get_input(k->api, context, 0, &x);
+  if (status) return status;
+  if (x.rank < 1 || x.last != (int64_t)m->cols) return fail(k->api, ORT_INVALID_ARGUMENT, "edgeml.Linear: x does not fit the page's matrix");
+  x.dims[x.rank - 1] = m->rows;
+  status = get_output(k->api, context, x.dims, x.rank, &out);
+  if (status) return status;
+  edgeml_linear(k->context, k->number, x.data, x.rows, out);
+  return NULL;
+}
+
+static OrtStatus *compute_rows(const kernel *k, void *context) {
+  tensor ids;
+  float *out;
+  OrtStatus *status = get_input(k->api, context, 0, &ids);
+  if (status) return status;
+  if (ids.rank >= MAX_DIMS) return fail(k->api, ORT_INVALID_ARGUMENT, "edgeml.EmbedRows: ids have too many dimensions");
+  ids.dims[ids.rank] = k->context->pager.pages[k->number].matrices[0].cols;
+  status = get_output(k->api, context, ids.dims, ids.rank + 1, &out);
+  if (status) return status;
+  edgeml_request ours = {.context = k->context}, *request = request_current(k->context);
+  if (!request) request = &ours;
+  edgeml_fault before = request->fault;
+  request->fault.status = EDGEML_OK;
+  int result = edgeml_embed_rows(k->context, request, k->number, ids.data, ids.rows * (size_t)ids.last, out);
+  edgeml_fault met = request->fault;
+  if (before.status || !result) request->fault = before;
+  return result ? fail_with(k, &met) : NULL;
+}
+
+static OrtStatus *kernel_compute(void *state, void *context) {
+  const kernel *k = state;
+  switch (k->which) {
+    case PAGED_EXPERTS: return compute_experts(k, context);
+    case LINEAR: return compute_linear(k, context);
+    default: return compute_rows(k, context);
+  }
+}
+
+static void kernel_compute_old(void *state, void *context) { /* before version 16; errors could not be told */
+  OrtStatus *status = kernel_compute(state, context);
+  if (status) CALL(((const kernel *)state)->api, RELEASE_STATUS, release_status *, status);
+}
+
+/* ---- creating ---- */
+
+static OrtStatus *kernel_create(const OrtCustomOp *op, const OrtApi *api, const void *info, void **out) {
+  const operator_entry *entry = (const operator_entry *)op;
+  edgeml_context *c = entry->context;
+  int64_t number = -1;
+  OrtStatus *status = CALL(api, ATTRIBUTE_INT, attribute_int *, info, entry->which == PAGED_EXPERTS ? "site" : "page", &number);
+  if (status) return status;
+  int fits = 0;
+  if (entry->which == PAGED_EXPERTS) fits = number >= 0 && number < (int64_t)c->site_count;
+  else if (number >= 0 && number < (int64_t)c->pager.page_count)
+    fits = c->pager.pages[number].kind == (entry->which == LINEAR ? KIND_LINEAR : KIND_ROWS);
+  char text[128];
+  snprintf(text, sizeof text, "edgeml.%s names %s %lld, which the bundle does not have", names[entry->which],
+           entry->which == PAGED_EXPERTS ? "site" : "page", (long long)number);
+  if (!fits) return fail(api, ORT_INVALID_ARGUMENT, text);
+  kernel *k = malloc(sizeof *k);
+  if (!k) return fail(api, ORT_FAIL, "edgeml: not enough memory");
+  *k = (kernel){api, c, entry->which, (uint32_t)number};
+  atomic_fetch_add(&c->users, 1);
+  *out = k;
+  return NULL;
+}
+
+static void *kernel_create_old(const OrtCustomOp *op, const OrtApi *api, const void *info) {
+  void *out = NULL;
+  OrtStatus *status = kernel_create(op, api, info, &out);
+  if (status) CALL(api, RELEASE_STATUS, release_status *, status);
+  return out;
+}
+
+static void kernel_destroy(void *state) {
+  kernel *k = state;
+  if (k) atomic_fetch_sub(&k->context->users, 1);
+  free(k);
+}
+
+static enum which which_of(const OrtCustomOp *op) { return ((const operator_entry *)op)->which; }
+static const char *get_name(const OrtCustomOp *op) { return names[which_of(op)]; }
+static const char *get_provider(const OrtCustomOp *op) { return (void)op, "CPUExecutionProvider"; }
+static size_t input_count(const OrtCustomOp *op) { return which_of(op) == PAGED_EXPERTS ? 3 : 1; }
+static size_t output_count(const OrtCustomOp *op) { return (void)op, 1; }
+static int input_type(const OrtCustomOp *op, size_t index) {
+  if (which_of(op) == EMBED_ROWS) return INT64;
+  return which_of(op) == PAGED_EXPERTS && index == 1 ? INT64 : FLOAT;
+}
+static int output_type(const OrtCustomOp *op, size_t index) { return (void)op, (void)index, FLOAT; }
+static int characteristic(const OrtCustomOp *op, size_t index) { return (void)op, (void)index, REQUIRED; }
+static int memory_type(const OrtCustomOp *op, size_t index) { return (void)op, (void)index, MEMORY_DEFAULT; }
+static int one(const OrtCustomOp *op) { return (void)op, 1; }
+static int highest_version(const OrtCustomOp *op) { return (void)op, INT32_MAX; }
+
+static const OrtCustomOp prototype = {
+    .version = API_VERSION, .CreateKernel = kernel_create_old, .GetName = get_name, .GetExecutionProviderType = get_provider,
+    .GetInputType = input_type, .GetInputTypeCount = input_count, .GetOutputType = output_type, .GetOutputTypeCount = output_count,
+    .KernelCompute = kernel_compute_old, .KernelDestroy = kernel_destroy, .GetInputCharacteristic = characteristic,
+    .GetOutputCharacteristic = characteristic, .GetInputMemoryType = memory_type, .GetVariadicInputMinArity = one,
+    .GetVariadicInputHomogeneity = one, .GetVariadicOutputMinArity = one, .GetVariadicOutputHomogeneity = one,
+    .CreateKernelV2 = kernel_create, .KernelComputeV2 = kernel_compute, .GetStartVersion = one, .GetEndVersion = highest_version,
+};
+
+/* ---- registering ---- */
+
+static pthread_mutex_t spare_lock = PTHREAD_MUTEX_INITIALIZER;
+static struct operators *spare; /* of closed contexts: a session may outlive its context by a moment, so they are kept for the next */
+
+void operators_free(struct operators *operators) {
+  if (!operators) return;
+  pthread_mutex_lock(&spare_lock);
+  operators->next = spare, spare = operators;
+  pthread_mutex_unlock(&spare_lock);
+}
+
+static OrtStatus *make_operators(const OrtApi *api, edgeml_context *c) {
+  pthread_mutex_lock(&spare_lock);
+  struct operators *o = spare;
+  if (o) spare = o->next;
+  pthread_mutex_unlock(&spare_lock);
+  int fresh = !o;
+  if (fresh) o = calloc(1, sizeof *o);
+  if (!o) return fail(api, ORT_FAIL, "edgeml: not enough memory");
+  OrtStatus *status = fresh ? CALL(api, CREATE_DOMAIN, create_domain *, "edgeml", &o->domain) : NULL;
+  for (int i = 0; i < OPERATORS && !status; i++) {
+    o->entries[i] = (operator_entry){prototype, (enum which)i, c};
+    if (fresh) status = CALL(api, DOMAIN_ADD, domain_add *, o->domain, &o->entries[i].op);
+  }
+  if (status) free(o);
+  else c->operators = o;
+  return status;
+}
+
+/* Called by onnxruntime's register_custom_ops_library. */
+EXPORT OrtStatus *RegisterCustomOps(void *options, const OrtApiBase *base);
+EXPORT OrtStatus *RegisterCustomOps(void *options, const OrtApiBase *base) {
+  const OrtApi *api = base->GetApi(API_VERSION);
+  if (!api) return NULL; /* older than 1.17: its nodes will say that the operators are unknown */
+  char text[32] = "";
+  size_t size = sizeof text;
+  int there = 0;
+  OrtStatus *status = CALL(api, HAS_CONFIG_ENTRY, has_config_entry *, options, "edgeml.context", &there);
+  if (status) return status;
+  if (!there) return fail(api, ORT_INVALID_ARGUMENT, "edgeml: set the session configuration entry edgeml.context before registering");
+  status = CALL(api, CONFIG_ENTRY, config_entry *, options, "edgeml.context", text, &size);
+  if (status) return status;
+  edgeml_context *c = context_of(strtoull(text, NULL, 10));
+  if (!c) return fail(api, ORT_INVALID_ARGUMENT, "edgeml: the context named by edgeml.context is closed");
+  pthread_mutex_lock(&c->idle_lock);
+  status = c->operators ? NULL : make_operators(api, c);
+  pthread_mutex_unlock(&c->idle_lock);
+  if (!status) status = CALL(api, OPTIONS_ADD_DOMAIN, options_add *, options, c->operators->domain);
+  atomic_fetch_sub(&c->users, 1);
+  return status;
+}

@@ -1,0 +1,34 @@
+/* Compute threads that share the work of one call.
+ *
+ * pool_run calls `body(argument, worker)` on every thread of the pool, the caller being worker 0, and returns when all have
+ * returned. Bodies take pieces of work from a common counter or list, so the number that take part changes nothing but time:
+ * a caller that finds the pool taken by another simply runs the body alone.
+ *
+ * Waiting workers spin for some microseconds, because waking a sleeping thread costs more than a small layer, then sleep.
+ */
+#ifndef EDGEML_POOL_H
+#define EDGEML_POOL_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+typedef struct pool {
+  int threads; /* the caller's included */
+  pthread_t *workers;
+  pthread_mutex_t owner; /* held by the call that has the pool */
+  pthread_mutex_t lock;  /* for sleeping */
+  pthread_cond_t wake;
+  atomic_uint generation, running;
+  atomic_int sleepers, stopping;
+  void (*body)(void *argument, int worker);
+  void *argument;
+  int started;
+  struct pool_seat *seats;
+} pool;
+
+/* 0, or 1 when memory or threads are lacking; pool_close is due in both cases. */
+int pool_open(pool *pool, int threads);
+void pool_close(pool *pool);
+void pool_run(pool *pool, void (*body)(void *argument, int worker), void *argument);
+
+#endif
