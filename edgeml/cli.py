@@ -1,7 +1,8 @@
 """The `edgeml` command: finds the module of a command, and turns every error into one sentence and an exit code.
 
-Commands are loaded when they are asked for, so `edgeml --help` imports neither NumPy nor onnxruntime nor torch. A module
-that is not there yet is not in the table: what is not built is absent from `--help`.
+Commands are loaded when they are asked for, so `edgeml --help` imports neither NumPy nor onnxruntime nor torch. Those of the
+runtime stand in `COMMANDS`; other rooms add theirs through entry points of the group `edgeml.commands`, `name = "module:command"`,
+and are listed where they are installed. A command whose optional dependencies are missing says so when it is used.
 """
 
 from __future__ import annotations
@@ -9,39 +10,59 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from contextlib import suppress
+from importlib.metadata import EntryPoint, entry_points
 
 import click
 
-from edgeml.errors import EdgemlError
+from edgeml import __version__
+from edgeml.errors import EdgemlError, MissingExtra
 
 __all__ = ["main"]
 
 #: command -> (module that holds it as `command`, its line in `edgeml --help`)
 COMMANDS = {
+    "bench": ("edgeml.commands.bench", "Measure latency, page traffic and memory, a row for each setting."),
+    "eval": ("edgeml.commands.eval", "Scores on labelled data, task by task, alone or against a reference."),
     "inspect": ("edgeml.commands.inspect", "What is inside a bundle: stages, sites, tasks, bytes, evidence."),
-    "verify": ("edgeml.commands.verify", "Check every byte of a bundle against its checksums."),
+    "run": ("edgeml.commands.run", "Answer texts with one task of a bundle."),
+    "verify": ("edgeml.commands.verify", "Check every byte of a bundle, and that every graph loads."),
 }
+GROUP = "edgeml.commands"
+#: Lines in `edgeml --help` for commands of other rooms, which are not imported to ask them.
+LINES = {"export": "Turn a torch model into a bundle."}
+#: Optional dependency -> the extra that installs it.
+EXTRAS = {"onnx": "export", "safetensors": "export", "torch": "export"}
 
 
 class _Lazy(click.Group):
     """A group whose commands are imported when first used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(COMMANDS)
+        return sorted(COMMANDS | _others())
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in COMMANDS:
+        if name in COMMANDS:
+            command: click.Command = importlib.import_module(COMMANDS[name][0]).command
+            return command
+        found = _others().get(name)
+        if found is None:
             return None
-        command: click.Command = importlib.import_module(COMMANDS[name][0]).command
-        return command
+        loaded: click.Command = found.load()
+        return loaded
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        others = {name: LINES.get(name, f"A command of {point.value.split('.')[0]}.") for name, point in _others().items()}
         with formatter.section("Commands"):
-            formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
+            formatter.write_dl(sorted((others | {name: line for name, (_, line) in COMMANDS.items()}).items()))
+
+
+def _others() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=GROUP) if point.name not in COMMANDS}
 
 
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="edgeml-runtime", prog_name="edgeml")
+@click.version_option(__version__, prog_name="edgeml")
 def group() -> None:
     """Run models that are larger than the device's memory, and know what was lost.
 
@@ -51,36 +72,55 @@ def group() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 1 refused by a gate, 2 usage, 3 bad input, 4 device, 130 interrupted."""
-    debug = os.environ.get("EDGEML_DEBUG", "") not in ("", "0")
+    given = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character is no reason to fail
     try:
-        result = group.main(arguments, prog_name="edgeml", standalone_mode=False)
-        sys.stdout.flush()
+        result = group.main(given or ["--help"], prog_name="edgeml", standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return result if isinstance(result, int) else 0
-    except click.exceptions.Abort:
-        return _say("interrupted", 130)
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except EdgemlError as error:
-        if debug:
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        if os.environ.get("EDGEML_DEBUG", "") not in ("", "0") and not isinstance(error, click.ClickException | click.Abort | SystemExit):
             raise
-        return _say(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return _say("interrupted", 130)
-    except BrokenPipeError:
-        # The reader went away, as `| head` does. Python would complain once more when it flushes at exit.
+        return _explain(error)
+
+
+def _explain(error: BaseException) -> int:
+    """Say what went wrong in a sentence on standard error; returns the exit code."""
+    match error:
+        case click.Abort() | KeyboardInterrupt():
+            return _say("interrupted", 130)
+        case click.UsageError():
+            path = error.ctx.command_path if error.ctx is not None else "edgeml"
+            return _say(f"{error.format_message().rstrip('.')}; see {path} --help", error.exit_code)
+        case click.ClickException():
+            return _say(error.format_message(), error.exit_code)
+        case EdgemlError():
+            return _say(str(error), error.exit_code)
+        case ModuleNotFoundError() if (name := (error.name or "").split(".")[0]) in EXTRAS:
+            return _explain(MissingExtra(f"this command ({name})", EXTRAS[name]))
+        case BrokenPipeError() | SystemExit():  # click turns the former into the latter; nothing else here exits
+            return _mute(0)
+        case OSError():
+            _mute(4)
+            return _say(f"{error.filename or 'standard output'}: {error.strerror or error}", 4)
+        case MemoryError():
+            return _say("this machine has not enough free memory for that; try a smaller --memory", 4)
+    return _say(f"a fault in edgeml itself: {type(error).__name__}: {error}; set EDGEML_DEBUG=1 for the traceback and report it", 4)
+
+
+def _mute(code: int) -> int:
+    """Standard output cannot be written, as when `| head` has gone: Python would complain once more when it flushes at exit."""
+    with suppress(AttributeError, OSError):  # closed already, or not a file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except MemoryError:
-        return _say("this machine has not enough free memory for that; try a smaller --memory", 4)
-    except Exception as error:
-        if debug:
-            raise
-        return _say(f"a fault in edgeml itself: {type(error).__name__}: {error}; set EDGEML_DEBUG=1 for the traceback and report it", 4)
+    return code
 
 
 def _say(sentence: str, code: int) -> int:
-    print(f"edgeml: {sentence}", file=sys.stderr)
+    line = "".join(char if char.isprintable() else "?" for char in " ".join(sentence.split()))  # it may quote a file
+    print(f"edgeml: {line}", file=sys.stderr)
     return code
 
 

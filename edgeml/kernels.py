@@ -15,7 +15,7 @@ rounded separately. Whoever follows these steps gets the same bits on every proc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +25,10 @@ from edgeml.layout import Activation, Matrix, WeightType, expert_layout, matrix_
 from edgeml.native import crc32c
 
 __all__ = [
+    "ScaleRule",
     "activate",
     "expert",
+    "largest",
     "linear",
     "matmul",
     "pack_expert",
@@ -34,27 +36,44 @@ __all__ = [
     "pack_matrix",
     "pack_rows",
     "quantize_rows",
+    "quantize_tiles",
     "unpack_matrix",
 ]
 
 Floats = NDArray[np.float32]
 ROWS, COLS, GROUP = 16, 32, 4
 _LEVELS = {WeightType.INT8: 127, WeightType.INT4: 7}
+_LOWEST = {WeightType.INT8: -127, WeightType.INT4: -8}
 _BIAS = {WeightType.INT8: 128, WeightType.INT4: 8}
 
 
-def pack_matrix(weights: Floats, type: WeightType) -> bytes:
+#: From tiles (R / 16, K / 32, 16, 32) to the scale of each row and block, (R / 16, K / 32, 16).
+ScaleRule = Callable[[Floats, WeightType], NDArray[np.float16]]
+
+
+def largest(tiles: Floats, type: WeightType) -> NDArray[np.float16]:
+    """The scale at which a row's largest value in the block is the last level."""
+    scale: NDArray[np.float16] = (np.abs(tiles).max(-1) / np.float32(_LEVELS[type])).astype(np.float16)
+    return scale
+
+
+def quantize_tiles(tiles: Floats, scale: NDArray[np.float16], type: WeightType) -> Floats:
+    """The levels, as float32, nearest to tiles (..., 16, 32) at a scale (..., 16); a scale may be negative."""
+    wide = scale.astype(np.float32)[..., None]
+    values = np.divide(tiles, wide, out=np.zeros_like(tiles), where=wide != 0)
+    return np.clip(np.rint(values), _LOWEST[type], _LEVELS[type])
+
+
+def pack_matrix(weights: Floats, type: WeightType, rule: ScaleRule = largest) -> bytes:
     """Quantize and tile a matrix (R, K). Raises `UsageError` for values that are not finite."""
     tiles = _tile(_finite(weights))
     if type == WeightType.F32:
         return np.ascontiguousarray(tiles.transpose(0, 1, 3, 2)).tobytes()
-    scale = (np.abs(tiles).max(-1) / np.float32(_LEVELS[type])).astype(np.float16)
-    wide = scale.astype(np.float32)[..., None]
-    values = np.divide(tiles, wide, out=np.zeros_like(tiles), where=wide > 0)
-    stored = (np.clip(np.rint(values), -_LEVELS[type], _LEVELS[type]) + _BIAS[type]).astype(np.uint8)
+    scale = rule(tiles, type)
+    stored = (quantize_tiles(tiles, scale, type) + _BIAS[type]).astype(np.uint8)
     groups = stored.reshape(*stored.shape[:3], COLS // GROUP, GROUP).transpose(0, 1, 3, 2, 4).reshape(*stored.shape[:2], COLS // GROUP, -1)
     if type == WeightType.INT4:
-        groups = groups[:, :, :4] | groups[:, :, 4:] << 4
+        groups = (groups[:, :, :4] | groups[:, :, 4:] << 4).astype(np.uint8)
     flat = groups.reshape(*groups.shape[:2], -1)
     return np.concatenate([flat, np.ascontiguousarray(scale).view(np.uint8)], axis=-1).tobytes()
 
@@ -122,18 +141,22 @@ def activate(kind: Activation, x: Floats) -> Floats:
     return x
 
 
-def pack_linear(weights: Floats, bias: Floats | None, type: WeightType) -> tuple[bytes, tuple[Matrix, ...]]:
+def pack_linear(
+    weights: Floats, bias: Floats | None, type: WeightType, rule: ScaleRule = largest
+) -> tuple[bytes, tuple[Matrix, ...]]:
     """A linear page's bytes and descriptor; weights (R, K), bias (R,)."""
-    return pack_expert([(weights, bias)], type)
+    return pack_expert([(weights, bias)], type, rule)
 
 
-def pack_expert(parts: Sequence[tuple[Floats, Floats | None]], type: WeightType) -> tuple[bytes, tuple[Matrix, ...]]:
+def pack_expert(
+    parts: Sequence[tuple[Floats, Floats | None]], type: WeightType, rule: ScaleRule = largest
+) -> tuple[bytes, tuple[Matrix, ...]]:
     """One expert's bytes and descriptors: up, down; or up, gate, down. Each part is weights (R, K) and a bias (R,) or None."""
     matrices = tuple(Matrix(type, weights.shape[0], weights.shape[1], bias is not None) for weights, bias in parts)
     offsets, stride = expert_layout(matrices)
     out = bytearray(stride)
     for (weights, bias), (tiles, place) in zip(parts, offsets, strict=True):
-        packed = pack_matrix(weights, type)
+        packed = pack_matrix(weights, type, rule)
         out[tiles : tiles + len(packed)] = packed
         if bias is not None and place is not None:
             raw = _finite(bias).astype("<f4").tobytes()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgeml.errors import BundleError, DataError, MissingExtra
 
-__all__ = ["TextBatch", "TextPreprocessor"]
+__all__ = ["TextBatch", "TextPreprocessor", "check_text"]
 
 #: A text longer than this many characters is refused rather than silently cut: nobody classifies a book by its first words.
 CHARACTER_LIMIT = 200_000
@@ -28,7 +28,10 @@ class TextBatch:
 
 
 class TextPreprocessor:
-    """A Hugging Face `tokenizer.json` with a fixed maximum length; pairs are encoded jointly. Safe for several threads."""
+    """A Hugging Face `tokenizer.json` with a fixed maximum length; pairs are encoded jointly. Safe for several threads.
+
+    `vocabulary` is how many token ids there are.
+    """
 
     def __init__(self, tokenizer_json: bytes, max_tokens: int) -> None:
         try:
@@ -42,6 +45,7 @@ class TextPreprocessor:
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(max_tokens)
         self.max_tokens = max_tokens
+        self.vocabulary = int(self._tokenizer.get_vocab_size())
 
     def encode(self, texts: Sequence[str], pairs: Sequence[str | None] | None = None) -> TextBatch:
         """Tokenize and pad to the longest row. Raises `DataError` naming the row for an empty, over-long or non-text row."""
@@ -49,7 +53,7 @@ class TextPreprocessor:
         inputs: list[Any] = []
         for number, (first, second) in enumerate(zip(texts, seconds, strict=True)):
             for part in (first,) if second is None else (first, second):
-                _check(part, number)
+                check_text(part, f"input {number}")
             inputs.append(first if second is None else (first, second))
         encodings = self._tokenizer.encode_batch(inputs)
         longest = max((len(encoding.ids) for encoding in encodings), default=0)
@@ -63,14 +67,15 @@ class TextPreprocessor:
         return TextBatch(ids, types, mask, tuple(bool(encoding.overflowing) for encoding in encodings))
 
 
-def _check(text: str, number: int) -> None:
+def check_text(text: str, where: str) -> None:
+    """Raise `DataError`, which begins with `where`, for what is no text, empty, over-long or not valid Unicode."""
     if not isinstance(text, str):
-        raise DataError(f"input {number}: expected text, got {type(text).__name__}")
+        raise DataError(f"{where}: expected text, got {type(text).__name__}")
     if not text.strip():
-        raise DataError(f"input {number}: the text is empty")
+        raise DataError(f"{where}: the text is empty")
     if len(text) > CHARACTER_LIMIT:
-        raise DataError(f"input {number}: {len(text)} characters, more than the limit of {CHARACTER_LIMIT}; split the text")
+        raise DataError(f"{where}: {len(text)} characters, more than the limit of {CHARACTER_LIMIT}; split the text")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f"input {number}: the text is not valid Unicode (character {error.start})") from error
+        raise DataError(f"{where}: the text is not valid Unicode (character {error.start}); give it as UTF-8") from None

@@ -13,16 +13,16 @@ ROOT = Path(__file__).parents[1]
 #: Modules of edgeml in layers; a module imports only from layers before its own, or its own where the second entry allows it.
 LAYERS: list[set[str]] = [
     {"errors"},
-    {"native", "sizes", "strict_json"},
+    {"graph_bytes", "native", "sizes", "strict_json"},
     {"layout"},
     {"bundle_writer"},
     {"bundle", "data", "policy", "metrics"},
     {"kernels", "manifest"},
-    {"preprocess", "router"},
+    {"made", "preprocess", "router"},
     {"store"},
     {"graph"},
     {"session"},
-    {"measure", "report"},
+    {"evaluate", "measure", "report"},
     {"commands"},
     {"cli"},
 ]

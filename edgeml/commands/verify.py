@@ -1,38 +1,41 @@
-"""`edgeml verify`: every checksum of a bundle."""
+"""`edgeml verify`: every checksum of a bundle, and whether its graphs load."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
 
 import click
 
 from edgeml.bundle import Bundle
+from edgeml.commands._options import bundle_argument, json_option, progress, quiet_option
+from edgeml.graph import check_stages
 from edgeml.manifest import load_manifest
 from edgeml.sizes import format_bytes
 
 
 @click.command("verify")
-@click.argument("bundle", type=click.Path())
-@click.option("--quiet", is_flag=True, help="No progress bar.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+@bundle_argument
+@quiet_option
+@json_option
 def command(bundle: str, quiet: bool, as_json: bool) -> None:
-    """Check every byte of a bundle against its checksums.
+    """Check every byte of a bundle against its checksums, then that every graph loads.
 
     Example: edgeml verify model.edgeml
     """
     with Bundle.open(bundle) as opened:
-        load_manifest(opened)
+        manifest = load_manifest(opened)
         length = opened.header.file_length
-        hidden = quiet or as_json or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb"
-        with click.progressbar(length=length, label="verifying", file=sys.stderr, hidden=hidden) as bar:
+        with progress(length, "verifying", quiet) as step:
             done = 0
             for position in opened.verify():
-                bar.update(position - done)
+                step(position - done)
                 done = position
-        document = {"bundle_id": opened.id, "pages": len(opened.pages), "bytes": length, "intact": True}
+        with progress(len(manifest.stages), "loading graphs", quiet) as step:
+            for _ in check_stages(opened, manifest):
+                step(1)
+        document = {"bundle_id": opened.id, "pages": len(opened.pages), "bytes": length, "stages": len(manifest.stages), "intact": True}
     if as_json:
         click.echo(json.dumps(document))
-    else:
-        click.echo(f"{bundle}: intact, {document['pages']} pages, {format_bytes(length)}, id {opened.id[:16]}")
+        return
+    counts = f"{document['pages']} pages, {document['stages']} graphs, {format_bytes(length)}"
+    click.echo(f"{bundle}: intact, {counts}, id {opened.id[:16]}")

@@ -3,7 +3,7 @@
     python train_mixture.py --dense work/dense --out work/mixture [--steps 2600] [--resume]
 
 Targets are the dense model's class probabilities and mean-pooled states on the training rows, computed once. A part of
-the rows is run with only the task's own half of the experts (by running usage): the mask that `--residency masked` uses.
+the rows is run with only the task's own half or quarter of the experts (by running usage): the masks of `--residency masked`.
 No row is ever run with random or without routed experts, and nothing balances the load.
 
 Attention, norms and the shared experts stay as they were in the dense model: where they may learn, they learn to do without
@@ -26,9 +26,9 @@ from torch.nn import functional as F
 from train_dense import class_weights
 
 CONFIG = MixtureConfig(shared=128, experts=22, width=64, top_k=6)
-INSIDE = 8  # experts of a site that start as a task's own
+INSIDE = 6  # experts of a site that start as a task's own
 EMBED_SHARE = 0.06  # of the rows serve the sentence vector
-MASKED_SHARE = 0.35  # of the rows run with their task's half of the experts
+HALF_SHARE, QUARTER_SHARE = 0.2, 0.2  # of the rows run with their task's half or quarter of the experts
 OUTSIDE = -3.0
 RATE = 5e-4  # of the routed experts
 
@@ -68,10 +68,10 @@ def calibration(corpus: Corpus, per_task: int = 48) -> list[tuple[Tensor, Tensor
     return out
 
 
-def half_mask(usage: Tensor) -> Tensor:
-    """usage (tasks, sites, E) -> 0 for each site's more used half, -inf for the rest."""
-    half = usage.argsort(dim=-1, descending=True, stable=True)[..., : usage.shape[-1] // 2]
-    return torch.full_like(usage, float("-inf")).scatter_(-1, half, 0.0)
+def used_mask(usage: Tensor, share: float) -> Tensor:
+    """usage (tasks, sites, E) -> 0 for the most used `share` of each site's experts, -inf for the rest."""
+    kept = usage.argsort(dim=-1, descending=True, stable=True)[..., : int(usage.shape[-1] * share)]
+    return torch.full_like(usage, float("-inf")).scatter_(-1, kept, 0.0)
 
 
 def step_loss(
@@ -120,12 +120,13 @@ def freeze_shared(model: MultiTaskMixture) -> None:
 
 
 def report(model: MultiTaskMixture, corpus: Corpus, usage: Tensor, step: int) -> None:
-    """Print the mean accuracy with all experts, the used half, a random half and none."""
+    """Print the mean accuracy with all experts, the used half and quarter, a random half and none."""
     generator = torch.Generator().manual_seed(7)
     variants = {
         "all": None,
-        "half": half_mask(usage),
-        "random": half_mask(torch.rand(usage.shape, generator=generator)),
+        "half": used_mask(usage, 0.5),
+        "quarter": used_mask(usage, 0.25),
+        "random half": used_mask(torch.rand(usage.shape, generator=generator), 0.5),
         "none": torch.full_like(usage, float("-inf")),
     }
     line: dict[str, object] = {"step": step}
@@ -191,8 +192,10 @@ def main() -> None:
         torch.manual_seed(arguments.seed * 1_000_003 + step)
         batch = train.batch(batches[step])
         task = torch.where(torch.rand(len(batch.task)) < EMBED_SHARE, torch.tensor(count), batch.task)
-        masked = torch.rand(len(task)) < MASKED_SHARE
-        bias = model.task_bias[task] + torch.where(masked[:, None, None], half_mask(usage)[task], torch.tensor(0.0))
+        draw = torch.rand(len(task))
+        masked = draw < HALF_SHARE + QUARTER_SHARE
+        kept = torch.where((draw < HALF_SHARE)[:, None, None], used_mask(usage, 0.5)[task], used_mask(usage, 0.25)[task])
+        bias = model.task_bias[task] + torch.where(masked[:, None, None], kept, torch.tensor(0.0))
         pooled = model.pooled(batch.ids, batch.mask, batch.types, bias)
         loss = step_loss(model, train, batch, pooled, task, targets, weights)
         optimizer.zero_grad(set_to_none=True)

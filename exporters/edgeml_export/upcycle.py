@@ -223,11 +223,16 @@ def _start_router(part: MixtureFeedForward, x: Tensor, energy: Tensor, ridge: fl
 
 
 def _task_bias(energy: Tensor, task: Tensor, tasks: int, count: int, outside: float) -> Tensor:
-    """(tasks + 1, E): 0 for a task's `count` own experts, `outside` for others; the last row, for all texts, is 0."""
+    """(tasks + 1, E): 0 for a task's `count` own experts, `outside` for others; the last row, for all texts, is 0.
+
+    An expert that would be nobody's own goes to the task that has most use for it: one that no task chooses never learns.
+    """
     means = torch.stack([energy[task == t].mean(0) for t in range(tasks)])
     special = (means - means.mean(0)) / means.std(0).clamp(min=1e-6)
     general = (means.mean(0) - means.mean()) / means.mean(0).std().clamp(min=1e-6)
     score = special + 0.25 * general
     own = score.argsort(dim=-1, descending=True)[:, :count]
     bias = torch.full_like(score, outside).scatter_(-1, own, 0.0)
+    orphans = (bias < 0).all(0).nonzero()[:, 0]
+    bias[score[:, orphans].argmax(0), orphans] = 0.0
     return torch.cat([bias, torch.zeros(1, energy.shape[1])])

@@ -30,6 +30,7 @@ typedef struct job {
 typedef struct use {
   uint32_t jobs;       /* that remain */
   uint32_t pinned;
+  uint32_t loaded;     /* pinned for a read that this call began */
 } use;
 
 /* Quantized inputs of n rows: q (n, k32), scale and qsum (n, k32 / 32). */

@@ -6,6 +6,10 @@
  *
  * Pages that are resident are pinned first; then reads begin for absent ones as far as there are slots; the others are deferred
  * until a page of this call is done with. Only the calling thread waits for a slot, and only when the call holds no pin.
+ *
+ * Where a read must take another page's slot, a call has only as many pages on their way as keep the readers busy. A page of
+ * this call that is done with is the farthest from its next use of all, so the reads that follow take its slot and leave what
+ * the coming sites have (a cycle of 24 pages over 12 slots: 37 % hits instead of 24 %; Belady 48 %, least recently used 0 %).
  */
 #include <string.h>
 
@@ -161,6 +165,22 @@ static void sort_tokens(call *c) {
 
 static page *page_of(const call *c, uint32_t in_use) { return &c->context->pager.pages[c->site->pages[in_use]]; }
 
+/* Whether the call may have one more page on its way. */
+static int may_start(const call *c, const page *p) {
+  const pager *pg = &c->context->pager;
+  if (p->state != PAGE_ABSENT || pg->free_count) return 1;
+  uint32_t on_their_way = 0;
+  for (uint32_t u = 0; u < c->site->page_count; u++) on_their_way += c->scratch->uses[u].pinned && c->scratch->uses[u].loaded;
+  return on_their_way <= pg->reader_count;
+}
+
+static int try_start(call *c, use *in_use, page *p) {
+  int absent = p->state == PAGE_ABSENT;
+  if (!may_start(c, p) || !pager_try_start(&c->context->pager, p, c->request)) return 0;
+  in_use->pinned = 1, in_use->loaded = (uint32_t)absent;
+  return 1;
+}
+
 static void pin_pages(call *c) {
   pager *pg = &c->context->pager;
   for (uint32_t u = 0; u < c->site->page_count; u++) {
@@ -175,8 +195,7 @@ static void pin_pages(call *c) {
       page *p = page_of(c, u);
       if (!in_use->jobs || in_use->pinned || (p->state != PAGE_RESIDENT) != absent) continue;
       pager_count(pg, p, c->request);
-      in_use->pinned = (uint32_t)pager_try_start(pg, p, c->request);
-      c->deferred += !in_use->pinned;
+      c->deferred += !try_start(c, in_use, p);
     }
   }
 }
@@ -185,9 +204,11 @@ static int start_deferred(call *c, int wait) {
   for (uint32_t u = 0; c->deferred && u < c->site->page_count; u++) {
     use *in_use = &c->scratch->uses[u];
     if (!in_use->jobs || in_use->pinned) continue;
-    if (wait) pager_start(&c->context->pager, page_of(c, u), c->request);
-    else if (!pager_try_start(&c->context->pager, page_of(c, u), c->request)) return 0;
-    in_use->pinned = 1;
+    if (!wait && !try_start(c, in_use, page_of(c, u))) return 0;
+    if (wait) {
+      pager_start(&c->context->pager, page_of(c, u), c->request);
+      in_use->pinned = in_use->loaded = 1;
+    }
     c->deferred--;
     return 1;
   }
@@ -235,6 +256,7 @@ static void experts_body(void *argument, int worker) {
     if (j) {
       j->started = 1;
       c->running++;
+      start_deferred(c, 0);
       pthread_mutex_unlock(&pg->lock);
       compute(c, j, &c->scratch->workers[worker]);
       pthread_mutex_lock(&pg->lock);

@@ -27,7 +27,7 @@ INLINE void tile_sums(int type, int tokens, int part, const uint8_t *tile, const
   const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
   __m256i low_sum[MOST_TOKENS], high_sum[MOST_TOKENS];
   UNROLL for (int t = 0; t < tokens; t++) low_sum[t] = high_sum[t] = _mm256_setzero_si256();
-  UNROLL for (int g = 0; g < vectors; g++) {
+  KEEP_ROLLED for (int g = 0; g < vectors; g++) {
     __m256i stored = _mm256_loadu_si256((const __m256i *)(tile + 64 * g + 32 * part));
     __m256i low = _mm256_and_si256(stored, nibble), high = _mm256_and_si256(_mm256_srli_epi16(stored, 4), nibble);
     UNROLL for (int t = 0; t < tokens; t++) {

@@ -17,6 +17,7 @@ static void add(const edgeml_kernels *table) { runnable[runnable_count++] = tabl
 
 #if defined(__x86_64__)
 static void detect(void) {
+  __builtin_cpu_init();
   add(&edgeml_kernels_scalar);
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("f16c")) return;
   add(&edgeml_kernels_avx2);

@@ -78,7 +78,7 @@ INLINE void tile_sums(int type, int tokens, int part, const uint8_t *tile, const
     wide_low[t] = wide_high[t] = vdupq_n_s32(0);
     low[t] = high[t] = vdupq_n_s16(0);
   }
-  UNROLL for (int pair = 0; pair < 4; pair++) {
+  KEEP_ROLLED for (int pair = 0; pair < 4; pair++) {
     int8x16_t first, second;
     weight_pair(type, tile, part, pair, &first, &second);
     UNROLL for (int t = 0; t < tokens; t++) {

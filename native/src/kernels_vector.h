@@ -24,7 +24,13 @@ typedef int32_t whole __attribute__((vector_size(4 * LANES)));
 #include "kernels_math.h"
 
 #define INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#define KEEP_ROLLED _Pragma("clang loop unroll(disable)")
+#else
 #define UNROLL _Pragma("GCC unroll 16")
+#define KEEP_ROLLED _Pragma("GCC unroll 1") /* where too many values would want a register at once */
+#endif
 
 enum { PARTS = TILE_ROWS / LANES, PREFETCH_AHEAD = 2048, CACHE_LINE = 64 };
 

@@ -214,6 +214,7 @@ static void check_guards(const product *p, size_t begin, size_t end, const float
 }
 
 static void check_shape(int type, size_t rows, size_t k, size_t n, int style, int wild, int biased) {
+  static const char *const names[] = {[WEIGHT_F32] = "f32 products", [WEIGHT_INT8] = "int8 products", [WEIGHT_INT4] = "int4 products"};
   size_t ldy = rows + random_from(0, 3), bytes = n * ldy * sizeof(float);
   matrix m = make_matrix(type, rows, k, style);
   float *x = allocate(n * k * sizeof(float)), *bias = allocate(rows * sizeof(float));
@@ -239,7 +240,7 @@ static void check_shape(int type, size_t rows, size_t k, size_t n, int style, in
     check_guards(&p, 0, cut, y, sets[s]->name);
     multiply(sets[s], &p, cut, padded, y);
     check_guards(&p, 0, padded, y, sets[s]->name);
-    expect(memcmp(y, plain, bytes) == 0, type == WEIGHT_F32 ? "f32 products" : type == WEIGHT_INT8 ? "int8 products" : "int4 products", sets[s]->name);
+    expect(memcmp(y, plain, bytes) == 0, names[type], sets[s]->name);
     add_checksum(s, y, bytes);
   }
   free_quantized(&in);

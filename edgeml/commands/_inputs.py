@@ -1,0 +1,99 @@
+"""Texts that commands read: from options, from a file of JSON lines, or from standard input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import IO
+
+from edgeml.data import LINE_LIMIT, Row, parse_row
+from edgeml.errors import DataError, UsageError
+from edgeml.manifest import Manifest, Task
+from edgeml.preprocess import check_text
+from edgeml.session import find_task
+
+__all__ = ["choose_task", "given_rows", "read_rows"]
+
+
+def choose_task(manifest: Manifest, name: str | None, where: str) -> Task:
+    """The task that was asked for, or the only one there is. Raises `UsageError` listing the tasks."""
+    if name is not None:
+        return find_task(manifest, name, where)
+    if len(manifest.tasks) == 1:
+        return manifest.tasks[0]
+    names = sorted(task.name for task in manifest.tasks)
+    raise UsageError(f"{where} answers {len(names)} tasks, choose one with --task" + (f": {', '.join(names)}" if names else ""))
+
+
+def given_rows(task: Task, texts: Sequence[str], text_pairs: Sequence[str], source: str | None) -> Iterator[Row]:
+    """The rows to answer, checked, from `--text`, `--text-pair` and `--input`. Raises `UsageError`, and `DataError` naming the row."""
+    if bool(texts) == (source is not None):
+        raise UsageError('give either --text "..." or --input FILE')
+    if source is not None:
+        if text_pairs:
+            raise UsageError("--text-pair goes with --text; in a file it is the key text_pair")
+        return read_rows(source, task.pair)
+    if task.pair and len(texts) != len(text_pairs):
+        raise UsageError(f"task '{task.name}' judges pairs of texts: add a --text-pair for each --text")
+    if not task.pair and text_pairs:
+        raise UsageError(f"task '{task.name}' takes single texts: leave out --text-pair")
+    rows = [Row(text, text_pairs[number] if task.pair else None) for number, text in enumerate(texts)]
+    for number, row in enumerate(rows):
+        _check(row, "--text" if len(rows) == 1 else f"--text number {number + 1}")
+    return iter(rows)
+
+
+def read_rows(source: str, pair: bool) -> Iterator[Row]:
+    """Rows of a JSON lines file, or of standard input for `-`, as they are asked for. Raises `DataError` naming the line."""
+    with _opened(source) as stream:
+        number = 0
+        while line := _line(stream, f"{source}:{number + 1}"):
+            number += 1
+            if line.strip():
+                yield _row(line, f"{source}:{number}", pair)
+        if not number:
+            raise DataError(f"{source}: it is empty; give one JSON row a line")
+
+
+def _opened(source: str) -> IO[bytes] | nullcontext[IO[bytes]]:
+    if source == "-":
+        if sys.stdin is None:
+            raise DataError("-: there is no standard input")
+        return nullcontext(sys.stdin.buffer)
+    try:
+        return Path(source).open("rb")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{source}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def _line(stream: IO[bytes], where: str) -> bytes:
+    try:
+        line = stream.readline(LINE_LIMIT + 1)
+    except OSError as error:
+        raise DataError(f"{where}: cannot be read ({error.strerror})") from None
+    if len(line) > LINE_LIMIT:
+        raise DataError(f"{where}: the line is longer than {LINE_LIMIT} bytes")
+    return line
+
+
+def _row(line: bytes, where: str, pair: bool) -> Row:
+    try:
+        document = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f'{where}: not a JSON row such as {{"text": "..."}} ({error})') from None
+    row = parse_row(document, where, pair=pair)
+    if not pair and row.pair is not None:
+        raise DataError(f"{where}: this task takes single texts, not pairs")
+    _check(row, where)
+    return row
+
+
+def _check(row: Row, where: str) -> None:
+    check_text(row.text, where)
+    if row.pair is not None:
+        check_text(row.pair, f"{where} (second text)")

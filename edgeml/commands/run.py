@@ -1,0 +1,113 @@
+"""`edgeml run`: answers to texts, as lines for people or one JSON document for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import click
+
+from edgeml.bundle import Bundle
+from edgeml.commands._inputs import choose_task, given_rows
+from edgeml.commands._options import bundle_argument, json_option, notes, printable, quiet_option
+from edgeml.data import Row
+from edgeml.manifest import Task, load_manifest
+from edgeml.measure import Timing, record
+from edgeml.session import RESIDENCIES, Result, Session
+from edgeml.session import open as open_session
+
+#: Rows answered at a time: enough to batch by length, few enough that the first answers come soon.
+CHUNK_ROWS = 128
+
+
+@click.command("run")
+@bundle_argument
+@click.option("--task", help="The task to answer; may be left out where there is only one.")
+@click.option("--text", "texts", multiple=True, help="A text; may be repeated.")
+@click.option("--text-pair", "text_pairs", multiple=True, help="Its second text, for tasks that judge pairs.")
+@click.option("--input", "source", help="A file of JSON lines with text (and text_pair); - is standard input.")
+@click.option("--memory", help="Memory for weights: 64MiB, 1.5GB, 50%, auto (default, or EDGEML_MEMORY).")
+@click.option(
+    "--residency", type=click.Choice(RESIDENCIES), default="exact", show_default=True, help="masked: only experts that fit, chosen by task."
+)
+@click.option("--threads", type=int, help="Threads to compute with (default: EDGEML_THREADS, or all processors).")
+@quiet_option
+@json_option
+def command(
+    bundle: str,
+    task: str | None,
+    texts: tuple[str, ...],
+    text_pairs: tuple[str, ...],
+    source: str | None,
+    memory: str | None,
+    residency: str,
+    threads: int | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Answer texts with one task of a bundle.
+
+    A line an answer: task, label, confidence, milliseconds (a text's share of its batch).
+
+    Example: edgeml run model.edgeml --task banking77 --text "I lost my card"
+    """
+    with Bundle.open(bundle) as opened:  # a wrong question is answered before any weight is loaded
+        chosen = choose_task(load_manifest(opened), task, bundle)
+    rows = given_rows(chosen, texts, text_pairs, source)
+    with open_session(bundle, memory=memory, threads=threads, residency=residency) as session:
+        notes(session.notes, quiet)
+        session.load(chosen.name)
+        answers: list[dict[str, Any]] = []
+        timing, truncated = Timing(), 0
+        for result in _results(session, chosen, rows):
+            truncated += sum(result.truncated)
+            _count(timing, result)
+            for answer in _answers(chosen, result):
+                if as_json:
+                    answers.append(answer)
+                else:
+                    click.echo(_line(answer))
+        if as_json:
+            click.echo(json.dumps({"results": answers, "record": record(timing, session.settings())}, allow_nan=False))
+    if truncated:
+        notes([f"{truncated} inputs were longer than {chosen.preprocess.max_tokens} tokens and were cut"], quiet)
+
+
+def _results(session: Session, task: Task, rows: Iterator[Row]) -> Iterator[Result]:
+    while chunk := list(islice(rows, CHUNK_ROWS)):
+        if task.pair:
+            yield session.run(task.name, pairs=[(row.text, row.pair or "") for row in chunk])
+        else:
+            yield session.run(task.name, texts=[row.text for row in chunk])
+
+
+def _count(timing: Timing, result: Result) -> None:
+    warm, counters = timing.warm, result.counters
+    warm.add(result.latency_s, counters)
+    warm.latency_s[-1:] = result.row_s
+
+
+def _answers(task: Task, result: Result) -> Iterator[dict[str, Any]]:
+    for number, row_s in enumerate(result.row_s):
+        answer: dict[str, Any] = {"task": task.name}
+        if result.scores is None:
+            answer["vector"] = _numbers(result.vectors[number] if result.vectors is not None else ())
+        else:
+            scores = _numbers(result.scores[number])
+            answer |= {"label": result.labels[number], "score": max(scores), "scores": dict(zip(task.labels, scores, strict=True))}
+        yield answer | {"latency_s": row_s}
+
+
+def _numbers(values: Sequence[Any] | Any) -> list[float]:
+    return [float(value) for value in values]
+
+
+def _line(answer: dict[str, Any]) -> str:
+    if "vector" in answer:
+        vector = answer["vector"]
+        said = f"{len(vector)} numbers: {' '.join(f'{value:.4f}' for value in vector[:6])} ..."
+    else:
+        said = f"{printable(answer['label'])}\t{answer['score']:.3f}"
+    return f"{answer['task']}\t{said}\t{answer['latency_s'] * 1e3:.1f} ms"

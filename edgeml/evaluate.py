@@ -1,0 +1,181 @@
+"""What a bundle scores on labelled data: the figures behind `edgeml eval`. Knows no session: it is handed a function that answers.
+
+A task's chance is its metric for always predicting the commonest label of the *training* split, taken on the evaluated rows.
+Retention compares with a reference on the same rows; its interval is a paired bootstrap over examples (`edgeml.metrics`).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeml.data import Row, TaskData, majority_label
+from edgeml.errors import DataError, UsageError
+from edgeml.manifest import Manifest, Task
+from edgeml.metrics import bootstrap, retention, score
+from edgeml.router import ResidentSet, usage_of
+
+__all__ = ["Answered", "answer_rows", "kept_set", "match_tasks", "read_labelled", "report"]
+
+CHUNK_ROWS = 512
+BOOTSTRAP_SEED = 0
+
+Labels = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One task's rows and answers, as label indices (n,). `commonest` is the training split's; `reference` (n,) or None."""
+
+    name: str
+    domain: str
+    metric: str
+    labels: Labels
+    predicted: Labels
+    commonest: int
+    reference: Labels | None = None
+
+
+def match_tasks(data: Sequence[TaskData], manifest: Manifest, where: str) -> tuple[list[TaskData], list[str]]:
+    """The tasks of the data that the bundle answers, and the names of the others.
+
+    Raises `DataError` when none is left, and when a task's labels or pairs are not those the bundle was made with.
+    """
+    known = {task.name: task for task in manifest.tasks if task.kind == "classification"}
+    matched = [task for task in data if task.name in known]
+    if not matched:
+        raise DataError(
+            f"{where} answers none of the {len(data)} tasks in the data ({_listed(task.name for task in data)}); it has {_listed(known)}"
+        )
+    names = [task.name for task in matched]
+    for task in matched:
+        if names.count(task.name) > 1:
+            raise DataError(f"{task.path}: the data has two tasks called '{task.name}'; name one with --tasks DOMAIN/TASK")
+        _check_same(task, known[task.name])
+    return matched, [task.name for task in data if task.name not in known]
+
+
+def _check_same(data: TaskData, task: Task) -> None:
+    if data.pair != task.pair:
+        raise DataError(f"{data.path}: the data has {'pairs' if data.pair else 'single texts'}, the bundle's task was made for the other")
+    if data.labels != task.labels:
+        if set(data.labels) == set(task.labels):
+            raise DataError(f"{data.path}: its labels are the bundle's in another order, so the numbers mean other labels")
+        other = sorted(set(data.labels) ^ set(task.labels))
+        raise DataError(f"{data.path}: its {len(data.labels)} labels are not the bundle's {len(task.labels)} (differing: {_listed(other)})")
+
+
+def read_labelled(task: TaskData, split: str, limit: int | None) -> tuple[list[Row], int]:
+    """The rows to evaluate and the commonest label of the training split. Raises `DataError` for an empty split."""
+    rows = task.rows(split, limit)
+    if not rows:
+        raise DataError(f"{task.path}: the split '{split}' has no rows")
+    return rows, majority_label(task.rows("train"))
+
+
+def answer_rows(answer: Callable[[list[Row]], Labels], rows: Sequence[Row], where: str, tick: Callable[[int], None]) -> Labels:
+    """Predicted label indices (n,), asked for in chunks; `tick` gets the number of rows done since the last call."""
+    parts = []
+    for start in range(0, len(rows), CHUNK_ROWS):
+        chunk = list(rows[start : start + CHUNK_ROWS])
+        try:
+            parts.append(answer(chunk))
+        except DataError as error:
+            raise DataError(f"{where}, rows from {start}: {error}") from None
+        tick(len(chunk))
+    return np.concatenate(parts)
+
+
+def kept_set(manifest: Manifest, task: str, share: float, seed: int | None) -> ResidentSet:
+    """Keep `share` of each site's routed experts, by the task's usage, or at random where there is a `seed`; forbid the others.
+
+    Raises `UsageError` where a site would be left without any expert, and for a task without recorded usage.
+    """
+    order = _by_usage(manifest, task) if seed is None else _at_random(manifest, task, seed)
+    width = max((len(site.experts) for site in manifest.sites), default=0)
+    mask = np.full((len(manifest.sites), width), -np.inf, np.float32)
+    pages: set[int] = set()
+    for number, site in enumerate(manifest.sites):
+        kept = order[number][: int(share * len(site.experts) + 0.5)]
+        if not len(kept) and not site.shared:
+            raise UsageError(f"site '{site.name}' has no shared expert, so at least one routed expert must be kept there")
+        mask[number, kept] = 0
+        pages.update(site.experts[expert].page for expert in kept)
+    return ResidentSet(tuple(sorted(pages)), mask)
+
+
+def _by_usage(manifest: Manifest, task: str) -> list[Labels]:
+    return [np.argsort(-np.asarray(importance), kind="stable") for importance in usage_of(manifest, task)]
+
+
+def _at_random(manifest: Manifest, task: str, seed: int) -> list[Labels]:
+    """A stream for each task, so that a task's draw does not depend on which others are evaluated."""
+    rng = np.random.default_rng([seed, zlib.crc32(task.encode("utf-8"))])
+    return [rng.permutation(len(site.experts)) for site in manifest.sites]
+
+
+def report(answered: Sequence[Answered]) -> dict[str, Any]:
+    """The document's figures: tasks, means, and with references retention and the tasks it leaves out."""
+    tasks = {task.name: _figures(task) for task in answered}
+    document: dict[str, Any] = {
+        "tasks": tasks,
+        "mean": float(np.mean([task["score"] for task in tasks.values()])),
+        "reference_mean": None,
+        "retention": None,
+        "excluded": [],
+    }
+    if all(task.reference is not None for task in answered):
+        document["reference_mean"] = float(np.mean([task["reference_score"] for task in tasks.values()]))
+        document["retention"], document["excluded"] = _retention(answered, tasks)
+    return document
+
+
+def _figures(task: Answered) -> dict[str, Any]:
+    return {
+        "domain": task.domain,
+        "metric": task.metric,
+        "n": len(task.labels),
+        "chance": _chance(task, slice(None)),
+        "score": score(task.metric, task.labels, task.predicted),
+        "reference_score": None if task.reference is None else score(task.metric, task.labels, task.reference),
+    }
+
+
+def _chance(task: Answered, rows: Labels | slice) -> float:
+    labels = task.labels[rows]
+    return score(task.metric, labels, np.full_like(labels, task.commonest))
+
+
+def _retention(answered: Sequence[Answered], tasks: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any] | None, list[str]]:
+    columns = ([task[key] for task in tasks.values()] for key in ("score", "chance", "reference_score"))
+    value, left_out = retention(*columns)
+    excluded = [answered[number].name for number in left_out]
+    if value is None:
+        return None, excluded
+    kept = [task for number, task in enumerate(answered) if number not in left_out]
+
+    def ratio(rows: Sequence[Labels]) -> float:
+        gained = possible = 0.0
+        for task, drawn in zip(kept, rows, strict=True):
+            chance = _chance(task, drawn)
+            gained += score(task.metric, task.labels[drawn], task.predicted[drawn]) - chance
+            possible += score(task.metric, task.labels[drawn], _reference(task)[drawn]) - chance
+        return gained / possible if possible else 0.0  # a drawn sample on which the reference does no better than chance
+
+    interval = bootstrap(ratio, [len(task.labels) for task in kept], BOOTSTRAP_SEED)
+    return interval.as_json(), excluded
+
+
+def _reference(task: Answered) -> Labels:
+    assert task.reference is not None
+    return task.reference
+
+
+def _listed(names: Any, most: int = 8) -> str:
+    found = [str(name) for name in names]
+    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")

@@ -1,0 +1,383 @@
+"""A session answers requests on one open bundle. It decides nothing: policy is in `router`, `store` and the pager.
+
+    with edgeml.open("m.edgeml", memory="50%") as session:
+        print(session.run("banking77", text="I lost my card").labels)
+
+A session may be used from several threads. Under residency "exact" the answer does not depend on the budget; under
+"masked" the router may only choose experts of the task's resident set, which is pinned while the request runs.
+
+A call becomes batches: its rows are tokenized in windows, ordered by length, and cut where a batch would hold too many rows
+or tokens, so that little is padding and memory stays bounded. Each batch is one native request with its own counters.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeml import __version__
+from edgeml.bundle import Bundle
+from edgeml.errors import BudgetError, BundleError, DataError, UsageError
+from edgeml.graph import Graphs
+from edgeml.manifest import Manifest, Task
+from edgeml.preprocess import TextBatch, TextPreprocessor
+from edgeml.router import ResidentSet, mask_of, resident_set, usage_of
+from edgeml.store import REQUESTS, naming, open_context, resolve_threads
+
+__all__ = ["RESIDENCIES", "Counters", "Result", "Session", "find_task", "open"]
+
+RESIDENCIES = ("exact", "masked")
+WINDOW_ROWS = 512
+BATCH_ROWS = 32
+BATCH_TOKENS = 2048
+
+Floats = NDArray[np.float32]
+
+
+@dataclass
+class Counters:
+    """What one call cost: `hits` and `misses` in pages, `page_in_bytes`, `page_wait_s` spent waiting, `tokens` without padding."""
+
+    hits: int = 0
+    misses: int = 0
+    page_in_bytes: int = 0
+    page_wait_s: float = 0.0
+    tokens: int = 0
+
+
+@dataclass
+class Result:
+    """Answers in input order: `labels` and `scores` (n, classes) of a classification, `vectors` (n, d) of an embedding task.
+
+    `truncated[i]`: input i was longer than the model reads and was cut. `row_s[i]`: its share of its batch's time, in seconds;
+    `latency_s`: the whole call.
+    """
+
+    task: str
+    labels: list[str] = field(default_factory=list)
+    scores: Floats | None = None
+    vectors: Floats | None = None
+    truncated: list[bool] = field(default_factory=list)
+    row_s: list[float] = field(default_factory=list)
+    latency_s: float = 0.0
+    counters: Counters = field(default_factory=Counters)
+
+
+class Session:
+    """One open bundle with its budget; use `edgeml.open`, and `close` it or use it as a context manager.
+
+    `notes` are sentences a user should see, such as that the budget is small; `budget` what was resolved from `memory`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        memory: int | str | None = None,
+        threads: int | None = None,
+        residency: str = "exact",
+        isa: str | None = None,
+    ) -> None:
+        if residency not in RESIDENCIES:
+            raise UsageError(f"residency must be one of {', '.join(RESIDENCIES)}, not '{residency}'")
+        self.residency = residency
+        self.bundle = Bundle.open(path)
+        try:
+            self._context, self.manifest, self.budget = open_context(self.bundle, memory, threads, isa)
+        except BaseException:
+            self.bundle.close()
+            raise
+        opened = self._context.stats()
+        self.threads, self.backend, self.direct_reads = resolve_threads(threads), str(opened["isa"]), bool(opened["direct"])
+        self.notes = self.budget.notes(residency)
+        self._graphs = Graphs(self.bundle, self.manifest, self._context, self.threads)
+        self._preprocessors: dict[tuple[int, int], TextPreprocessor] = {}
+        self._sets: dict[str, ResidentSet] = {}
+        self._lock = threading.RLock()
+        self._turns = threading.BoundedSemaphore(REQUESTS)
+        self._calls = 0
+        self._closed = False
+
+    def task(self, name: str) -> Task:
+        """The task of that name. Raises `UsageError` listing those there are, the closest first."""
+        return find_task(self.manifest, name, str(self.bundle.path))
+
+    def run(
+        self,
+        task: str,
+        text: str | None = None,
+        *,
+        texts: Sequence[str] | None = None,
+        pairs: Sequence[tuple[str, str]] | None = None,
+        arrays: Mapping[str, NDArray[Any]] | None = None,
+        resident: ResidentSet | None = None,
+    ) -> Result:
+        """Answer one text, several texts, several (text, text_pair), or token ids.
+
+        `arrays` holds `ids` (n, T) int64, and if wanted `types` (n, T) int64 and `mask` (n, T) float32, 0 or 1. `resident` is used in
+        place of the task's own set. Raises `UsageError` for what does not fit the task, `DataError` for a bad text, `PageError`
+        when a page could not be read; other calls are not touched by it.
+        """
+        chosen = self.task(task)
+        windows = self._windows(chosen, text, texts, pairs, arrays)
+        with self._call():
+            started = time.perf_counter()
+            if resident is None and self.residency == "masked":
+                resident = self.resident_set(task)
+            result, values = Result(task), [np.zeros((0, len(chosen.labels)), np.float32)]
+            tick = time.perf_counter()
+            for batch in windows:
+                encode_s = (time.perf_counter() - tick) / max(len(batch.ids), 1)
+                window, row_s = self._run_window(chosen, batch, resident, result.counters)
+                values.append(window)
+                result.truncated += batch.truncated
+                result.row_s += [share + encode_s for share in row_s]
+                tick = time.perf_counter()
+            result.latency_s = time.perf_counter() - started
+        answers = np.concatenate(values[1:] or values)
+        if chosen.kind == "embedding":
+            result.vectors = answers
+        else:
+            result.scores = answers
+            result.labels = [chosen.labels[index] for index in answers.argmax(-1)]
+        return result
+
+    def load(self, task: str) -> None:
+        """Load a task's tokenizer and graphs now rather than with its first request."""
+        chosen = self.task(task)
+        with self._call():
+            self.preprocessor(chosen)
+            for name in (chosen.stages.embed, chosen.stages.router, chosen.stages.trunk, chosen.stages.head):
+                if name is not None:
+                    self._graphs.load(name)
+
+    def preprocessor(self, task: Task) -> TextPreprocessor:
+        """The task's tokenizer, loaded when first asked for."""
+        key = (task.preprocess.tokenizer, task.preprocess.max_tokens)
+        with self._lock:
+            if key not in self._preprocessors:
+                self._preprocessors[key] = TextPreprocessor(self.bundle.read(key[0]), key[1])
+            return self._preprocessors[key]
+
+    def resident_set(self, task: str) -> ResidentSet:
+        """The pages a masked request of this task may use under the session's budget. Raises `BudgetError` if a site is left bare."""
+        with self._lock:
+            if task not in self._sets:
+                self._sets[task] = self._choose(task)
+            return self._sets[task]
+
+    def settings(self) -> dict[str, Any]:
+        """The resolved configuration, as every record carries it."""
+        return {
+            "tool_version": __version__,
+            "bundle": self.bundle.path.name,
+            "bundle_id": self.bundle.id,
+            "backend": self.backend,
+            "threads": self.threads,
+            "memory": self.budget.asked,
+            "memory_budget_bytes": self.budget.total_bytes,
+            "pinned_bytes": self.budget.pinned_bytes,
+            "scratch_bytes": self.budget.scratch_bytes,
+            "slots": self.budget.slots,
+            "slot_bytes": self.budget.slot_bytes,
+            "pageable_pages": self.budget.pageable_pages,
+            "residency": self.residency,
+            "direct_reads": self.direct_reads,
+        }
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since opening, and what is held: see `native.Context.stats`."""
+        with self._call():
+            return self._context.stats()
+
+    def evict_all(self) -> None:
+        """Give up every page that is not pinned, here and in the system's page cache, so that the next request starts cold."""
+        with self._call():
+            self._context.evict_all()
+            os.posix_fadvise(self.bundle.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        """Release graphs, memory and the file; a second call does nothing. Raises `UsageError` while calls run."""
+        with self._lock:
+            if self._calls:
+                raise UsageError(f"{self.bundle.path}: {self._calls} calls still run; close the session after them")
+            self._closed = True
+            self._graphs.close()
+            self._context.close()
+            self.bundle.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        with self._lock:
+            if self._closed:
+                raise UsageError(f"{self.bundle.path}: the session is closed")
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._calls -= 1
+
+    def _choose(self, task: str) -> ResidentSet:
+        if self.budget.complete:
+            pages = {expert.page for site in self.manifest.sites for expert in site.experts}
+            return ResidentSet(tuple(sorted(pages)), mask_of(self.manifest, pages))
+        chosen = resident_set(self.manifest, usage_of(self.manifest, task), self.budget.pages)
+        for site, row in zip(self.manifest.sites, chosen.mask, strict=True):
+            if not site.shared and np.isneginf(row).all():
+                raise BudgetError(
+                    f"{self.bundle.path}: under this budget no expert of site '{site.name}' may be used, and it has no shared one; "
+                    "give more memory or use residency exact"
+                )
+        return chosen
+
+    def _windows(
+        self,
+        task: Task,
+        text: str | None,
+        texts: Sequence[str] | None,
+        pairs: Sequence[tuple[str, str]] | None,
+        arrays: Mapping[str, NDArray[Any]] | None,
+    ) -> Iterator[TextBatch]:
+        if sum(value is not None for value in (text, texts, pairs, arrays)) != 1:
+            raise UsageError("give exactly one of text, texts, pairs and arrays")
+        if arrays is not None:
+            return iter([_checked_arrays(arrays)])
+        if task.pair != (pairs is not None):
+            wanted = "pairs of texts (text and text_pair)" if task.pair else "single texts, not pairs"
+            raise UsageError(f"task '{task.name}' takes {wanted}")
+        if pairs is not None:
+            return self._encode(task, [first for first, _ in pairs], [second for _, second in pairs])
+        return self._encode(task, [text] if text is not None else list(texts or []), None)
+
+    def _encode(self, task: Task, firsts: list[str], seconds: list[str] | None) -> Iterator[TextBatch]:
+        preprocessor = self.preprocessor(task)
+        for start in range(0, len(firsts), WINDOW_ROWS):
+            part = slice(start, start + WINDOW_ROWS)
+            yield preprocessor.encode(firsts[part], None if seconds is None else seconds[part])
+
+    def _run_window(self, task: Task, window: TextBatch, resident: ResidentSet | None, counters: Counters) -> tuple[Floats, list[float]]:
+        outputs: list[Floats] = []
+        order, row_s = [], np.zeros(len(window.ids))
+        for rows, batch in _batches(window):
+            started = time.perf_counter()
+            outputs.append(self._run_batch(task, batch, resident, counters))
+            row_s[rows] = (time.perf_counter() - started) / len(rows)
+            order.append(rows)
+        if not outputs:
+            return np.zeros((0, len(task.labels)), np.float32), []
+        mixed = np.concatenate(outputs)
+        values = np.empty_like(mixed)
+        values[np.concatenate(order)] = mixed
+        return values, [float(value) for value in row_s]
+
+    def _run_batch(self, task: Task, batch: TextBatch, resident: ResidentSet | None, counters: Counters) -> Floats:
+        tensors: dict[str, NDArray[Any]] = {"ids": batch.ids, "types": batch.types, "mask": batch.mask}
+        stages = task.stages
+        with self._turns, self._context.request() as request:
+            if resident is not None:
+                with naming(self.bundle):
+                    request.lease(resident.pages)
+            tensors |= self._graphs.run(stages.embed, tensors, request)
+            if stages.router is not None:
+                tensors |= self._graphs.run(stages.router, tensors, request)
+            else:
+                tensors["bias"] = np.zeros((len(batch.ids), *mask_of(self.manifest, ()).shape), np.float32)
+            if resident is not None:
+                tensors["bias"] = self._masked(task, tensors["bias"], resident)
+            tensors |= self._graphs.run(stages.trunk, tensors, request)
+            tensors |= self._graphs.run(stages.head, tensors, request)
+        counters.hits += request.hits
+        counters.misses += request.misses
+        counters.page_in_bytes += request.page_in_bytes
+        counters.page_wait_s += request.page_wait_ns / 1e9
+        counters.tokens += int(batch.mask.sum())
+        return self._checked_answer(task, tensors, len(batch.ids))
+
+    def _masked(self, task: Task, bias: NDArray[Any], resident: ResidentSet) -> Floats:
+        if bias.dtype != np.float32 or bias.shape[1:] != resident.mask.shape:
+            wanted = ("B", *resident.mask.shape)
+            raise BundleError(f"{self.bundle.path}: the router of task '{task.name}' answers {bias.dtype} {bias.shape} instead of {wanted}")
+        masked: Floats = bias + resident.mask
+        return masked
+
+    def _checked_answer(self, task: Task, tensors: Mapping[str, NDArray[Any]], rows: int) -> Floats:
+        """A graph is data from outside: what it answers is checked before it is trusted."""
+        answer = tensors["vector" if task.kind == "embedding" else "scores"]
+        fits = answer.dtype == np.float32 and answer.ndim == 2 and len(answer) == rows
+        if not fits or (task.labels and answer.shape[1] != len(task.labels)):
+            raise BundleError(f"{self.bundle.path}: the head of task '{task.name}' answers {answer.dtype} {answer.shape} to {rows} rows")
+        if not np.isfinite(answer).all():
+            raise BundleError(f"{self.bundle.path}: task '{task.name}' answers with numbers that are not finite; its weights are faulty")
+        return answer
+
+
+def open(
+    path: str | os.PathLike[str],
+    memory: int | str | None = None,
+    threads: int | None = None,
+    residency: str = "exact",
+    isa: str | None = None,
+) -> Session:
+    """Open a bundle. `memory`: bytes, "64MiB", "50%" or "auto"; `threads` to compute with; `residency`: "exact" or "masked".
+
+    None for `memory` is EDGEML_MEMORY or "auto": everything where it fits; for `threads` EDGEML_THREADS or all processors allowed.
+    Raises `BundleError` for a bad file, `BudgetError` below the floor, `DeviceError` when reading fails.
+    """
+    return Session(path, memory, threads, residency, isa)
+
+
+def find_task(manifest: Manifest, name: str, where: str) -> Task:
+    """The task of that name. Raises `UsageError` listing those there are, the closest first."""
+    names = [task.name for task in manifest.tasks]
+    if name in names:
+        return manifest.tasks[names.index(name)]
+    if not names:
+        raise UsageError(f"{where} answers no task")
+    closest = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    listed = closest + [other for other in sorted(names) if other not in closest]
+    more = f" and {len(listed) - 20} more" if len(listed) > 20 else ""
+    raise UsageError(f"{where} has no task {name!r:.80}; it has {', '.join(listed[:20])}{more}")
+
+
+def _batches(window: TextBatch) -> Iterator[tuple[NDArray[np.intp], TextBatch]]:
+    """Cut a window into batches of similar length, the longest first, with the rows each came from."""
+    real = window.mask != 0
+    lengths = np.where(real.any(-1), real.shape[-1] - real[:, ::-1].argmax(-1), 1) if real.size else np.zeros(0, np.intp)
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        longest = int(lengths[order[start]])
+        rows = order[start : start + max(1, min(BATCH_ROWS, BATCH_TOKENS // longest))]
+        start += len(rows)
+        ids, types, mask = window.ids[rows, :longest], window.types[rows, :longest], window.mask[rows, :longest]
+        yield rows, TextBatch(ids, types, mask, tuple(window.truncated[row] for row in rows))
+
+
+def _checked_arrays(arrays: Mapping[str, NDArray[Any]]) -> TextBatch:
+    unknown = sorted(set(arrays) - {"ids", "types", "mask"})
+    if unknown or "ids" not in arrays:
+        raise UsageError("arrays holds ids, and if wanted types and mask" + (f", not {unknown[0]!r:.40}" if unknown else ""))
+    ids = np.asarray(arrays["ids"])
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or 0 in ids.shape:
+        raise DataError(f"ids must be whole numbers of shape (rows, tokens), not {ids.dtype} {ids.shape}")
+    types = np.asarray(arrays.get("types", np.zeros_like(ids)))
+    mask = np.asarray(arrays.get("mask", np.ones_like(ids)))
+    if types.shape != ids.shape or mask.shape != ids.shape:
+        raise DataError(f"types {types.shape} and mask {mask.shape} must have the shape of ids, {ids.shape}")
+    return TextBatch(ids.astype(np.int64), types.astype(np.int64), mask.astype(np.float32), (False,) * len(ids))
