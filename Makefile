@@ -2,9 +2,21 @@
 
 PYTHON ?= python3
 VENV ?= .venv-dev
+DEMO_VENV ?= .venv-demo
 BIN = $(VENV)/bin
+EDGEML_SHARED ?= ../shared
 
-.PHONY: test test-c test-python install lint build clean check-tools
+.PHONY: demo test test-c test-python install lint bench model export-demo build clean check-tools
+
+# What a newcomer runs: the runtime alone (no torch), the committed bundle, answers, and what paging costs here.
+demo: $(DEMO_VENV)/ready
+	$(DEMO_VENV)/bin/python examples/demo.py
+
+$(DEMO_VENV)/ready: pyproject.toml CMakeLists.txt $(wildcard edgeml/*.py edgeml/commands/*.py native/src/* native/include/*) | check-tools
+	@test -d $(DEMO_VENV) || $(PYTHON) -m venv $(DEMO_VENV)
+	@echo "installing the runtime and building its C extension into $(DEMO_VENV) ..."
+	@$(DEMO_VENV)/bin/pip install --quiet --disable-pip-version-check .
+	@touch $@
 
 # Everything: C tests under sanitizers, lint and types, Python tests against the installed package.
 test: lint test-c test-python
@@ -48,4 +60,4 @@ build: $(VENV)/ready
 	$(BIN)/pip wheel --quiet --no-deps -w dist .
 
 clean:
-	rm -rf build dist $(VENV)
+	rm -rf build dist $(VENV) $(DEMO_VENV)

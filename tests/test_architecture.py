@@ -56,7 +56,8 @@ def imports(file: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} if node.module != "edgeml" else {f"edgeml.{alias.name}" for alias in node.names}
+            modules = {f"edgeml.{alias.name}" for alias in node.names if not alias.name.startswith("__")}  # the version is everybody's
+            names |= {node.module} if node.module != "edgeml" else modules
     return names
 
 

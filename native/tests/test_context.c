@@ -1,0 +1,252 @@
+/* A context on a file made here: same bits at every budget and thread count, four threads at once, leases, a damaged page. Runs
+ * under the address, undefined-behaviour and thread sanitizers. */
+#undef NDEBUG
+#define _GNU_SOURCE
+#include <assert.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "kernels.h"
+
+#include "edgeml.h"
+
+enum { HIDDEN = 48, WIDTH = 32, EXPERTS = 6, SITES = 3, TOP_K = 3, TOKENS = 40, ROUTED = SITES * EXPERTS };
+enum { PAGES = ROUTED + SITES + 2, LINEAR = ROUTED + SITES, ROWS = LINEAR + 1, ROW_COUNT = 20, ALIGN = 4096 };
+
+static _Thread_local uint32_t state = 1;
+static uint32_t next(void) { return state = state * 1664525u + 1013904223u, state >> 8; }
+
+static void put(uint8_t *to, uint64_t value, int bytes) {
+  for (int i = 0; i < bytes; i++) to[i] = (uint8_t)(value >> 8 * i);
+}
+
+static size_t up(size_t value, size_t to) { return (value + to - 1) / to * to; }
+
+/* Random int4 tiles with scales of about 2^-6, and a small bias. */
+static size_t fill_matrix(uint8_t *data, size_t at, size_t rows, size_t cols, int bias, uint8_t *descriptor) {
+  size_t bytes = edgeml_matrix_bytes(WEIGHT_INT4, rows, cols);
+  for (size_t i = 0; i < bytes; i++) data[at + i] = (uint8_t)next();
+  for (size_t tile = 0; tile < bytes; tile += TILE_BYTES_INT4)
+    for (size_t r = 0; r < 16; r++) put(data + at + tile + 256 + 2 * r, tile / TILE_BYTES_INT4 * 32 < cols * 2 ? 0x2400 : 0x2200, 2);
+  put(descriptor, WEIGHT_INT4, 1), put(descriptor + 1, (uint64_t)bias, 1), put(descriptor + 4, rows, 4), put(descriptor + 8, cols, 4);
+  at = up(at + bytes, 64);
+  if (!bias) return at;
+  for (size_t r = 0; r < rows; r++) {
+    float value = (float)(next() % 100) / 100.0f;
+    memcpy(data + at + 4 * r, &value, 4);
+  }
+  return at + 4 * up(rows, 16);
+}
+
+typedef struct fixture {
+  char path[64];
+  int fd;
+  uint8_t index[PAGES * 128];
+  uint64_t offset[PAGES];
+  edgeml_expert_ref refs[PAGES];
+  edgeml_site sites[SITES];
+} fixture;
+
+static void write_page(fixture *f, uint32_t number, uint64_t *offset, const uint8_t *data, size_t length) {
+  uint8_t *r = f->index + 128 * number;
+  put(r, number, 4), put(r + 8, *offset, 8), put(r + 16, length, 8), put(r + 24, edgeml_crc32c(0, data, length), 4);
+  assert(pwrite(f->fd, data, length, (off_t)*offset) == (ssize_t)length);
+  f->offset[number] = *offset;
+  *offset = up(*offset + length, ALIGN);
+  assert(ftruncate(f->fd, (off_t)*offset) == 0);
+}
+
+static void make(fixture *f) {
+  static uint8_t data[1 << 16];
+  uint64_t offset = ALIGN;
+  memset(f, 0, sizeof *f);
+  strcpy(f->path, "/tmp/edgeml-test-XXXXXX");
+  f->fd = mkstemp(f->path);
+  assert(f->fd >= 0);
+  for (uint32_t i = 0; i < ROUTED + SITES; i++) {
+    uint8_t *r = f->index + 128 * i;
+    memset(data, 0, sizeof data);
+    size_t length = fill_matrix(data, 0, WIDTH, HIDDEN, 1, r + 80);
+    length = fill_matrix(data, length, HIDDEN, WIDTH, 0, r + 96);
+    put(r + 4, 2, 2), put(r + 64, ACTIVATION_GELU, 4), put(r + 68, 1, 4), put(r + 72, length, 8);
+    write_page(f, i, &offset, data, length);
+    f->refs[i] = (edgeml_expert_ref){i, 0};
+  }
+  memset(data, 0, sizeof data);
+  uint8_t *r = f->index + 128 * LINEAR;
+  size_t length = fill_matrix(data, 0, 70, HIDDEN, 1, r + 80);
+  put(r + 4, 3, 2), put(r + 68, 1, 4), put(r + 72, length, 8);
+  write_page(f, LINEAR, &offset, data, length);
+  r = f->index + 128 * ROWS;
+  memset(data, 0, sizeof data);
+  for (uint32_t row = 0; row < ROW_COUNT; row++) {
+    uint8_t *at = data + row * (HIDDEN + 8);
+    float scale = 0.5f;
+    memcpy(at, &scale, 4);
+    for (int i = 0; i < HIDDEN; i++) at[4 + i] = (uint8_t)next();
+    put(at + 4 + HIDDEN, edgeml_crc32c(0, at, 4 + HIDDEN), 4);
+  }
+  put(r + 4, 4, 2), put(r + 68, 1, 4), put(r + 72, HIDDEN + 8, 8), put(r + 80, WEIGHT_INT8, 1), put(r + 84, ROW_COUNT, 4);
+  put(r + 88, HIDDEN, 4);
+  write_page(f, ROWS, &offset, data, ROW_COUNT * (HIDDEN + 8));
+  for (uint32_t s = 0; s < SITES; s++)
+    f->sites[s] = (edgeml_site){f->refs + s * EXPERTS, f->refs + ROUTED + s, EXPERTS, 1, HIDDEN, TOP_K};
+}
+
+static edgeml_context *open_with(const fixture *f, uint32_t slots, uint32_t threads, int direct) {
+  edgeml_options o = {f->fd, direct, f->index, sizeof f->index, f->sites, SITES, slots, threads, 2, 2, NULL};
+  edgeml_context *c;
+  edgeml_fault fault;
+  int status = edgeml_open(&o, &c, &fault);
+  if (status) fprintf(stderr, "open: %s, page %u\n", edgeml_status_text(status), fault.page);
+  assert(status == EDGEML_OK);
+  return c;
+}
+
+typedef struct inputs {
+  float x[TOKENS * HIDDEN], weights[TOKENS * TOP_K];
+  int64_t ids[TOKENS * TOP_K];
+} inputs;
+
+static void draw(inputs *in, uint32_t seed) {
+  state = seed * 7919 + 1;
+  for (int i = 0; i < TOKENS * HIDDEN; i++) in->x[i] = (float)(next() % 2001) / 1000.0f - 1.0f;
+  for (int i = 0; i < TOKENS * TOP_K; i++) in->weights[i] = (float)(next() % 1000) / 1000.0f, in->ids[i] = (int64_t)(next() % (EXPERTS + 1)) - 1;
+}
+
+static uint32_t answer(edgeml_context *c, edgeml_request *request, uint32_t site, const inputs *in) {
+  float out[TOKENS * HIDDEN];
+  assert(edgeml_experts(c, request, site, in->x, in->ids, in->weights, TOKENS, TOP_K, out) == EDGEML_OK);
+  return edgeml_crc32c(0, out, sizeof out);
+}
+
+static void same_bits(const fixture *f) {
+  static const uint32_t budgets[] = {ROUTED, ROUTED / 2, ROUTED / 4, 1};
+  uint32_t expected[SITES] = {0};
+  inputs in;
+  for (int b = 0; b < 4; b++)
+    for (uint32_t threads = 1; threads <= 3; threads++) {
+      edgeml_context *c = open_with(f, budgets[b], threads, (int)threads & 1);
+      for (uint32_t round = 0; round < 3; round++)
+        for (uint32_t s = 0; s < SITES; s++) {
+          draw(&in, s);
+          uint32_t got = answer(c, NULL, s, &in);
+          if (!expected[s]) expected[s] = got;
+          assert(got == expected[s]);
+        }
+      assert(edgeml_close(c) == EDGEML_OK);
+    }
+}
+
+typedef struct user {
+  const fixture *fixture;
+  edgeml_context *context;
+  const uint32_t *expected;
+  uint32_t number;
+} user;
+
+static void *use(void *argument) {
+  user *u = argument;
+  inputs in;
+  for (uint32_t round = 0; round < 30; round++) {
+    edgeml_request request;
+    uint32_t site = (round + u->number) % SITES, first = site * EXPERTS, pages[EXPERTS];
+    assert(edgeml_request_begin(u->context, &request) == EDGEML_OK);
+    draw(&in, site);
+    if (u->number % 2) {
+      for (uint32_t i = 0; i < EXPERTS; i++) pages[i] = first + i;
+      assert(edgeml_request_lease(&request, pages, EXPERTS) == EDGEML_OK);
+    }
+    assert(answer(u->context, &request, site, &in) == u->expected[site]);
+    if (round % 5 == 0) edgeml_advise(u->context, pages, 0, 0, 1);
+    float out[TOKENS * 70];
+    assert(edgeml_linear(u->context, LINEAR, in.x, TOKENS, out) == EDGEML_OK);
+    edgeml_request_end(&request);
+    edgeml_stats stats;
+    edgeml_get_stats(u->context, &stats);
+  }
+  return NULL;
+}
+
+static void threads_at_once(const fixture *f, uint32_t slots) {
+  uint32_t expected[SITES];
+  inputs in;
+  edgeml_context *c = open_with(f, slots, 2, 1), *other = open_with(f, 1, 1, 0);
+  for (uint32_t s = 0; s < SITES; s++) draw(&in, s), expected[s] = answer(other, NULL, s, &in);
+  pthread_t threads[4];
+  user users[4];
+  for (uint32_t i = 0; i < 4; i++) {
+    users[i] = (user){f, c, expected, i};
+    assert(pthread_create(&threads[i], NULL, use, &users[i]) == 0);
+  }
+  for (int i = 0; i < 200; i++) edgeml_advise(c, (const uint32_t[]){(uint32_t)i % ROUTED}, 1, i % 3 - 1, 1);
+  for (int i = 0; i < 4; i++) pthread_join(threads[i], NULL);
+  assert(edgeml_close(other) == EDGEML_OK && edgeml_close(c) == EDGEML_OK);
+}
+
+static void damage(const fixture *f) {
+  uint8_t byte;
+  inputs in;
+  float out[TOKENS * HIDDEN];
+  draw(&in, 0);
+  edgeml_context *c = open_with(f, ROUTED, 2, 0);
+  assert(pread(f->fd, &byte, 1, (off_t)f->offset[2] + 9) == 1);
+  byte ^= 1;
+  assert(pwrite(f->fd, &byte, 1, (off_t)f->offset[2] + 9) == 1);
+  for (int again = 0; again < 2; again++) {
+    edgeml_request request;
+    edgeml_request_begin(c, &request);
+    assert(edgeml_close(c) == EDGEML_BUSY);
+    assert(edgeml_experts(c, &request, 0, in.x, in.ids, in.weights, TOKENS, TOP_K, out) == EDGEML_CHECKSUM);
+    assert(request.fault.page == 2 && request.fault.status == EDGEML_CHECKSUM && request.fault.offset == f->offset[2]);
+    edgeml_request_end(&request);
+  }
+  answer(c, NULL, 1, &in);
+  assert(edgeml_close(c) == EDGEML_OK);
+  byte ^= 1;
+  assert(pwrite(f->fd, &byte, 1, (off_t)f->offset[2] + 9) == 1);
+}
+
+static void rows(const fixture *f) {
+  int64_t ids[] = {0, ROW_COUNT - 1, 0}, bad = ROW_COUNT;
+  float out[3 * HIDDEN];
+  edgeml_context *c = open_with(f, 1, 1, 0);
+  assert(edgeml_embed_rows(c, NULL, ROWS, ids, 3, out) == EDGEML_OK);
+  assert(memcmp(out, out + 2 * HIDDEN, HIDDEN * sizeof(float)) == 0);
+  assert(edgeml_embed_rows(c, NULL, ROWS, &bad, 1, out) == EDGEML_BAD_ARGUMENT);
+  assert(edgeml_embed_rows(c, NULL, LINEAR, ids, 1, out) == EDGEML_BAD_ARGUMENT);
+  assert(edgeml_close(c) == EDGEML_OK);
+}
+
+/* Any byte of the index changed: refused or harmless, never a crash. */
+static void broken_index(const fixture *f) {
+  static uint8_t index[sizeof f->index];
+  edgeml_plan_result plan;
+  for (uint32_t at = 0; at < 128 * 3; at++)
+    for (int bit = 0; bit < 8; bit++) {
+      memcpy(index, f->index, sizeof index);
+      index[at] ^= (uint8_t)(1 << bit);
+      edgeml_options o = {f->fd, 0, index, sizeof index, f->sites, SITES, 1, 1, 1, 1, NULL};
+      int status = edgeml_plan(&o, &plan);
+      assert(status == EDGEML_OK || status == EDGEML_BAD_INDEX || status == EDGEML_BAD_ARGUMENT);
+    }
+}
+
+int main(void) {
+  static fixture f;
+  make(&f);
+  same_bits(&f);
+  threads_at_once(&f, ROUTED);
+  threads_at_once(&f, EXPERTS);
+  damage(&f);
+  rows(&f);
+  broken_index(&f);
+  close(f.fd);
+  unlink(f.path);
+  puts("context: ok");
+  return 0;
+}
