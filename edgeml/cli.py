@@ -15,7 +15,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 import click
 
-from edgeml import __version__
+import edgeml
 from edgeml.errors import EdgemlError, MissingExtra
 
 __all__ = ["main"]
@@ -52,7 +52,7 @@ class _Lazy(click.Group):
         return loaded
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        others = {name: LINES.get(name, f"A command of {point.value.split('.')[0]}.") for name, point in _others().items()}
+        others = {name: LINES.get(name, f"A command of {point.module.split('.')[0]}.") for name, point in _others().items()}
         with formatter.section("Commands"):
             formatter.write_dl(sorted((others | {name: line for name, (_, line) in COMMANDS.items()}).items()))
 
@@ -62,7 +62,7 @@ def _others() -> dict[str, EntryPoint]:
 
 
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="edgeml")
+@click.version_option(edgeml.__version__, prog_name="edgeml")
 def group() -> None:
     """Run models that are larger than the device's memory, and know what was lost.
 
@@ -89,9 +89,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _explain(error: BaseException) -> int:
     """Say what went wrong in a sentence on standard error; returns the exit code."""
+    if _interrupted(error):
+        return _say("interrupted", 130)
     match error:
-        case click.Abort() | KeyboardInterrupt():
-            return _say("interrupted", 130)
         case click.UsageError():
             path = error.ctx.command_path if error.ctx is not None else "edgeml"
             return _say(f"{error.format_message().rstrip('.')}; see {path} --help", error.exit_code)
@@ -109,6 +109,13 @@ def _explain(error: BaseException) -> int:
         case MemoryError():
             return _say("this machine has not enough free memory for that; try a smaller --memory", 4)
     return _say(f"a fault in edgeml itself: {type(error).__name__}: {error}; set EDGEML_DEBUG=1 for the traceback and report it", 4)
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is at the bottom of it: a library that is stopped while it loads may raise an error of its own."""
+    while error is not None and not isinstance(error, click.Abort | KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _mute(code: int) -> int:

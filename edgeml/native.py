@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 #: What `SessionOptions.register_custom_ops_library` takes.
-LIBRARY_PATH: str = os.path.abspath(_native.__file__)
+LIBRARY_PATH: str = os.path.abspath(str(_native.__file__))
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -335,7 +335,7 @@ def _counters(counters: Any) -> dict[str, int]:
 
 
 def _array(values: Any, kind: type, shape: tuple[int | None, ...]) -> NDArray[Any]:
-    array = np.ascontiguousarray(values, kind)
+    array: NDArray[Any] = np.ascontiguousarray(values, kind)
     if array.ndim != len(shape) or any(want not in (None, have) for want, have in zip(shape, array.shape, strict=True)):
         raise UsageError(f"an array of shape {array.shape}, where {tuple('any' if n is None else n for n in shape)} is needed")
     return array

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeml import __version__
+import edgeml
 from edgeml.bundle import Bundle
 from edgeml.errors import BudgetError, BundleError, DataError, UsageError
 from edgeml.graph import Graphs
@@ -39,7 +39,7 @@ __all__ = ["RESIDENCIES", "Counters", "Result", "Session", "find_task", "open"]
 RESIDENCIES = ("exact", "masked")
 WINDOW_ROWS = 512
 BATCH_ROWS = 32
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 1024
 
 Floats = NDArray[np.float32]
 
@@ -178,7 +178,7 @@ class Session:
     def settings(self) -> dict[str, Any]:
         """The resolved configuration, as every record carries it."""
         return {
-            "tool_version": __version__,
+            "tool_version": edgeml.__version__,
             "bundle": self.bundle.path.name,
             "bundle_id": self.bundle.id,
             "backend": self.backend,

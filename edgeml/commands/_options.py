@@ -34,4 +34,4 @@ def notes(sentences: Sequence[str], quiet: bool = False) -> None:
 
 def printable(text: str) -> str:
     """A text from a file, for a terminal: one line, and nothing that moves the cursor or changes colours."""
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in " ".join(text.split()))
+    return "".join(char if char.isprintable() else "\ufffd" for char in " ".join(text.split()))

@@ -145,14 +145,11 @@ def _run_worker(job: dict[str, Any], step: Callable[[int], None]) -> dict[str, A
     home = str(Path(__file__).parents[2])
     paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
     command = [sys.executable, "-P", "-m", "edgeml.commands.bench_worker"]
-    with tempfile.TemporaryFile() as log:
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-        )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    with (
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment) as child,
+    ):
         try:
             done = _converse(child, job, step)
             child.wait()
@@ -179,12 +176,11 @@ def _converse(child: subprocess.Popen[bytes], job: dict[str, Any], step: Callabl
             sink.write(json.dumps(job).encode())
     except BrokenPipeError:
         return None
-    with child.stdout as source:
-        for line in source:
-            message: dict[str, Any] = json.loads(line)
-            if "tick" not in message:
-                return message
-            step(message["tick"])
+    for line in child.stdout:
+        message: dict[str, Any] = json.loads(line)
+        if "tick" not in message:
+            return message
+        step(message["tick"])
     return None
 
 
