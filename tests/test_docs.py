@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 
-from edgeml.bundle_writer import PageSource, write_bundle
 from edgeml.cli import COMMANDS, main
-from edgeml.layout import PageKind
+from edgeml.made import TOY, make_mixture
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
-MANIFEST = {"format": 1, "producer": {"name": "edgeml-runtime", "version": "0"}, "stages": [], "sites": [], "tasks": []}
 
 
 def shown() -> list[str]:
@@ -36,11 +37,42 @@ def test_the_readme_shows_commands() -> None:
     assert shown()
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the README speaks of: a bundle, texts, data for two of its tasks, and a model's source."""
+    place = tmp_path_factory.mktemp("readme")
+    make_mixture(place / "model.edgeml")
+    texts = ["a warm day", "rain and wind", "snow on the trees", "that was bad"]
+    (place / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for name in ("weather", "mood"):
+        task = place / "data" / "text" / "made" / name
+        task.mkdir(parents=True)
+        labels = list(TOY.tasks[name])
+        (task / "task.json").write_text(json.dumps({"name": name, "domain": "made", "labels": labels, "metric": "accuracy"}))
+        rows = [{"text": text, "label": number % len(labels)} for number, text in enumerate(texts * 3)]
+        for split in ("train", "validation", "test"):
+            (task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copy(ROOT / "tests" / "export" / "toy_source.py", place / "source.py")
+    return place
+
+
 @pytest.mark.parametrize("line", shown())
-def test_commands_in_the_readme_run(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_bundle(tmp_path / "model.edgeml", [PageSource(PageKind.JSON, b"{}")], MANIFEST)
-    assert main(shlex.split(line)[1:]) == 0
+def test_commands_in_the_readme_run(line: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    words = shlex.split(line)[1:]
+    if words[0] == "export":
+        pytest.importorskip("torch", reason="the extra `export` is not installed")
+        monkeypatch.syspath_prepend(place)
+        importlib.import_module("source").write_data(place / "toy")
+        words[words.index("data/text")] = "toy"
+    assert main(words) == 0
+
+
+def test_the_python_in_the_readme_runs(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(place)
+    for block in re.findall(r"```python\n(.*?)```", README, re.S):
+        exec(compile(block, "README.md", "exec"), {})
+    assert capsys.readouterr().out
 
 
 def test_make_targets_in_the_readme_exist() -> None:

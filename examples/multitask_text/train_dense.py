@@ -1,6 +1,6 @@
 """Fine-tune the dense reference on all tasks at once.
 
-    python train_dense.py --out work/dense [--steps 4500] [--resume]
+    python train_dense.py --out work/dense [--steps 3600] [--resume]
 
 The embeddings stay frozen. Heads start from a linear probe on the untouched encoder. The sentence-vector head is
 trained to keep the untouched encoder's vectors. The seed fixes the schedule; a checkpoint is written every 250 steps.
@@ -85,7 +85,7 @@ def accuracies(model: MultiTaskModel, corpus: Corpus) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--rate", type=float, default=2.5e-4)
     parser.add_argument("--head-rate", type=float, default=2e-3)

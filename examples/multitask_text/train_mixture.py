@@ -1,6 +1,6 @@
 """Turn the dense reference into a mixture of experts and distil the one into the other.
 
-    python train_mixture.py --dense work/dense --out work/mixture [--steps 2600] [--resume]
+    python train_mixture.py --dense work/dense --out work/mixture [--steps 2800] [--resume]
 
 Targets are the dense model's class probabilities and mean-pooled states on the training rows, computed once. A part of
 the rows is run with only the task's own half or quarter of the experts (by running usage): the masks of `--residency masked`.
@@ -145,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dense", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--steps", type=int, default=2800)
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--resume", action="store_true")
