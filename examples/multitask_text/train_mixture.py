@@ -3,7 +3,7 @@
     python train_mixture.py --dense work/dense --out work/mixture [--steps 2800] [--resume]
 
 Targets are the dense model's class probabilities and mean-pooled states on the training rows, computed once. A part of
-the rows is run with only the task's own half or quarter of the experts (by running usage): the masks of `--residency masked`.
+the rows is run with only the task's own half of the experts (by running usage): the mask that `--residency masked` uses.
 No row is ever run with random or without routed experts, and nothing balances the load.
 
 Attention, norms and the shared experts stay as they were in the dense model: where they may learn, they learn to do without
@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from train_dense import class_weights
 
-CONFIG = MixtureConfig(shared=128, experts=22, width=64, top_k=6)
-INSIDE = 6  # experts of a site that start as a task's own
+CONFIG = MixtureConfig(shared=64, experts=23, width=64, top_k=6)
+INSIDE = 8  # experts of a site that start as a task's own
 EMBED_SHARE = 0.06  # of the rows serve the sentence vector
-HALF_SHARE, QUARTER_SHARE = 0.2, 0.2  # of the rows run with their task's half or quarter of the experts
-OUTSIDE = -3.0
+MASKED_SHARE = 0.35  # of the rows run with their task's half of the experts
+OUTSIDE = -4.0
 RATE = 5e-4  # of the routed experts
 
 
@@ -192,10 +192,8 @@ def main() -> None:
         torch.manual_seed(arguments.seed * 1_000_003 + step)
         batch = train.batch(batches[step])
         task = torch.where(torch.rand(len(batch.task)) < EMBED_SHARE, torch.tensor(count), batch.task)
-        draw = torch.rand(len(task))
-        masked = draw < HALF_SHARE + QUARTER_SHARE
-        kept = torch.where((draw < HALF_SHARE)[:, None, None], used_mask(usage, 0.5)[task], used_mask(usage, 0.25)[task])
-        bias = model.task_bias[task] + torch.where(masked[:, None, None], kept, torch.tensor(0.0))
+        masked = torch.rand(len(task)) < MASKED_SHARE
+        bias = model.task_bias[task] + torch.where(masked[:, None, None], used_mask(usage, 0.5)[task], torch.tensor(0.0))
         pooled = model.pooled(batch.ids, batch.mask, batch.types, bias)
         loss = step_loss(model, train, batch, pooled, task, targets, weights)
         optimizer.zero_grad(set_to_none=True)
