@@ -74,6 +74,17 @@ export-demo: install $(VENV)/source
 	@mkdir -p $(dir $(EXPORTED))
 	$(BIN)/edgeml export examples/multitask_text/model.py:mixture -o $(EXPORTED) --recipe examples/multitask_text/recipe.toml --data $(EDGEML_SHARED)/data/text
 
+# What the runtime promises, measured here; records go to benchmarks/records. benchmarks/README.md has the rest, which needs torch models.
+BENCH_MODEL ?= models/multitask-text.edgeml
+bench: install
+	@broken=0; \
+	if [ -f $(BENCH_MODEL) ] && [ -d $(EDGEML_SHARED)/data/text ]; then \
+	  $(BIN)/python benchmarks/text/stability.py --bundle $(BENCH_MODEL) --data $(EDGEML_SHARED)/data/text || broken=1; \
+	else echo "left out: benchmarks/text/stability.py needs $(BENCH_MODEL) and the data in $(EDGEML_SHARED)/data/text"; fi; \
+	$(BIN)/python benchmarks/paging/bound.py || broken=1; \
+	$(BIN)/python benchmarks/startup.py || broken=1; \
+	exit $$broken
+
 # The wheel of the runtime.
 build: $(VENV)/ready
 	$(BIN)/pip wheel --quiet --no-deps -w dist .

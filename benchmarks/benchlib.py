@@ -108,7 +108,7 @@ def run(main: Callable[[], int]) -> None:
 
 
 def _line(entry: Verdict) -> str:
-    word = {True: "holds ", False: "BROKEN", None: "not measured"}[entry["holds"]]
+    word = {True: "holds ", False: "BROKEN", None: "undecided"}[entry["holds"]]
     measured = "-" if entry["measured"] is None else f"{entry['measured']:.4g}"
     low, high = entry.get("interval", (None, None))
     between = "" if low is None else f" (95 %: {low:.4g} to {high:.4g})"
