@@ -7,7 +7,9 @@ an exception is `_check`. What each call does is said in native/include/edgeml.h
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeml import _native
+from edgeml._native import __file__ as _library
 from edgeml._native import ffi, lib
 from edgeml.errors import BudgetError, BundleError, DeviceError, EdgemlError, PageError, UsageError
 
@@ -33,7 +35,7 @@ __all__ = [
 ]
 
 #: What `SessionOptions.register_custom_ops_library` takes.
-LIBRARY_PATH: str = os.path.abspath(str(_native.__file__))
+LIBRARY_PATH: str = os.path.abspath(str(_library))
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -94,7 +96,10 @@ def plan(index: bytes, sites: Sequence[Site], threads: int = 1, requests: int = 
 
 
 class Context:
-    """The native side of one open bundle; safe for several threads. Raises `PageError` when a pinned page cannot be read."""
+    """The native side of one open bundle; safe for several threads, of no use in a forked child (`UsageError`).
+
+    Raises `PageError` when a pinned page cannot be read, `DeviceError` when memory, threads or descriptors are lacking.
+    """
 
     def __init__(
         self,
@@ -112,6 +117,7 @@ class Context:
         options, _keep = _options(fd, index, sites, slots, threads, readers, requests, direct, isa)
         handle, fault = ffi.new("edgeml_context **"), ffi.new("edgeml_fault *")
         self._context: Any = None
+        self._lock, self._calls, self._process = threading.Lock(), 0, os.getpid()
         _check(lib.edgeml_open(options, handle, fault), fault)
         self._context = handle[0]
         self._sites = list(sites)
@@ -119,7 +125,8 @@ class Context:
     @property
     def handle(self) -> str:
         """The value of the session configuration entry `edgeml.context`."""
-        return str(lib.edgeml_handle(self._open()))
+        with self._use() as context:
+            return str(lib.edgeml_handle(context))
 
     def request(self) -> Request:
         """A request of the calling thread, as a context manager."""
@@ -130,7 +137,8 @@ class Context:
         rows, cols = self._matrix(page)
         x = _array(x, np.float32, (None, cols))
         out = np.empty((len(x), rows), np.float32)
-        _check(lib.edgeml_linear(self._open(), page, _floats(x), len(x), _floats(out)))
+        with self._use() as context:
+            _check(lib.edgeml_linear(context, page, _floats(x), len(x), _floats(out)))
         return out
 
     def experts(self, site: int, x: Floats, ids: Ints, weights: Floats) -> Floats:
@@ -140,21 +148,11 @@ class Context:
         x = _array(x, np.float32, (None, self._sites[site].hidden))
         ids = _array(ids, np.int64, (len(x), None))
         weights = _array(weights, np.float32, ids.shape)
-        out = np.empty_like(x)
-        request = ffi.new("edgeml_request *")
-        current = _current.get(self)
-        status = lib.edgeml_experts(
-            self._open(),
-            request if current is None else current,
-            site,
-            _floats(x),
-            _longs(ids),
-            _floats(weights),
-            len(x),
-            ids.shape[1],
-            _floats(out),
-        )
-        _check(status, ffi.addressof(request if current is None else current, "fault"))
+        out, k = np.empty_like(x), ids.shape[1]
+        with self._use() as context:
+            request = _request_of(context)
+            status = lib.edgeml_experts(context, request, site, _floats(x), _longs(ids), _floats(weights), len(x), k, _floats(out))
+        _check(status, ffi.addressof(request, "fault"))
         return out
 
     def embed_rows(self, page: int, ids: Ints) -> Floats:
@@ -162,34 +160,37 @@ class Context:
         cols = self._matrix(page)[1]
         ids = _array(ids, np.int64, (None,))
         out = np.empty((len(ids), cols), np.float32)
-        request = ffi.new("edgeml_request *")
-        status = lib.edgeml_embed_rows(self._open(), request, page, _longs(ids), len(ids), _floats(out))
+        with self._use() as context:
+            request = _request_of(context)
+            status = lib.edgeml_embed_rows(context, request, page, _longs(ids), len(ids), _floats(out))
         _check(status, ffi.addressof(request, "fault"))
         return out
 
     def prefetch(self, pages: Sequence[int], priority: int = 0) -> None:
         """Give pages a priority and read the absent ones where there is room for them; does not wait."""
-        _check(lib.edgeml_advise(self._open(), list(pages), len(pages), priority, 1))
+        self._advise(pages, priority, 1)
 
     def set_priority(self, pages: Sequence[int], priority: int) -> None:
         """Give pages a priority; the lowest is evicted first."""
-        _check(lib.edgeml_advise(self._open(), list(pages), len(pages), priority, 0))
+        self._advise(pages, priority, 0)
 
     def settle(self) -> None:
         """Wait until no read is under way."""
-        lib.edgeml_settle(self._open())
+        with self._use() as context:
+            lib.edgeml_settle(context)
 
     def evict_all(self) -> None:
         """Give up every page that is resident and unpinned."""
-        lib.edgeml_evict_all(self._open())
+        with self._use() as context:
+            lib.edgeml_evict_all(context)
 
     def stats(self) -> dict[str, Any]:
         """Counters since opening and what is held. Bytes and nanoseconds by name; `resident` lists the pages in slots."""
-        context = self._open()
         out = ffi.new("edgeml_stats *")
-        lib.edgeml_get_stats(context, out)
-        pages = ffi.new("uint32_t[]", out.slots)
-        count = min(lib.edgeml_get_resident(context, pages, out.slots), out.slots)
+        with self._use() as context:
+            lib.edgeml_get_stats(context, out)
+            pages = ffi.new("uint32_t[]", out.slots)
+            count = lib.edgeml_get_resident(context, pages, out.slots)
         names = ("evictions", "retries", "failures", "pinned_bytes", "slot_bytes", "scratch_bytes", "slots")
         return {
             **_counters(out.total),
@@ -202,34 +203,59 @@ class Context:
     def site_stats(self) -> list[dict[str, int]]:
         """Counters of each site: `hits`, `misses`, `page_in_bytes`, `page_wait_ns`."""
         out = ffi.new("edgeml_counters[]", max(len(self._sites), 1))
-        lib.edgeml_get_site_stats(self._open(), out)
+        with self._use() as context:
+            lib.edgeml_get_site_stats(context, out)
         return [_counters(out[i]) for i in range(len(self._sites))]
 
     def close(self) -> None:
-        """Free everything; a second call does nothing. Raises `UsageError` while requests or graphs still use it."""
-        if self._context is not None:
-            _check(lib.edgeml_close(self._context))
-            self._context = None
+        """Free everything; a second call does nothing. Raises `UsageError` while calls, requests or graphs still use it."""
+        if os.getpid() != self._process:
+            return  # a forked child has none of the threads that would be waited for
+        with self._lock:
+            if self._context is not None:
+                _check(lib.EDGEML_BUSY if self._calls else lib.edgeml_close(self._context))
+                self._context = None
 
-    def _open(self) -> Any:
-        if self._context is None:
-            raise UsageError("this bundle is closed")
-        return self._context
+    @contextmanager
+    def _use(self) -> Iterator[Any]:
+        """The C context, which does not close meanwhile. C itself sees requests and graphs only."""
+        if os.getpid() != self._process:
+            raise UsageError("this bundle was opened before the process was forked; open it again in the child")
+        with self._lock:
+            if self._context is None:
+                raise UsageError("this bundle is closed")
+            self._calls += 1
+        try:
+            yield self._context
+        finally:
+            with self._lock:
+                self._calls -= 1
+
+    def _advise(self, pages: Sequence[int], priority: int, load: int) -> None:
+        if not -(2**31) <= priority < 2**31:
+            raise UsageError(f"a priority is a 32-bit number, not {priority}")
+        numbers = _numbers(pages)
+        with self._use() as context:
+            _check(lib.edgeml_advise(context, numbers, len(numbers), priority, load))
 
     def _matrix(self, page: int) -> tuple[int, int]:
         rows, cols = ffi.new("uint32_t *"), ffi.new("uint32_t *")
-        if page < 0 or lib.edgeml_get_matrix(self._open(), page, 0, rows, cols):
-            raise UsageError(f"page {page} has no matrix")
+        with self._use() as context:
+            if not 0 <= page < 2**32 or lib.edgeml_get_matrix(context, page, 0, rows, cols):
+                raise UsageError(f"page {page} has no matrix")
         return int(rows[0]), int(cols[0])
 
     def __del__(self) -> None:
         # A context that is dropped instead of closed must not leave its threads behind; one in use cannot be freed.
-        if getattr(self, "_context", None) is not None:
+        if getattr(self, "_context", None) is not None and os.getpid() == self._process:
             lib.edgeml_close(self._context)
 
 
 class Request:
-    """One call for one task, on one thread: `with context.request() as request: ...`. Its counters stay readable afterwards."""
+    """One call for one task, on one thread: `with context.request() as request: ...`. Its counters stay readable afterwards.
+
+    A thread has one request at a time (`UsageError`).
+    """
 
     def __init__(self, context: Context) -> None:
         self._owner = context
@@ -237,19 +263,26 @@ class Request:
         self._lease: Any = None
 
     def __enter__(self) -> Request:
-        _check(lib.edgeml_request_begin(self._owner._open(), self._request))
-        _current.set(self._owner, self._request)
+        if self._request.context:
+            raise UsageError("this request is running on another thread, or this thread has a request already")
+        with self._owner._use() as context:
+            _check(lib.edgeml_request_begin(context, self._request))
+        _thread.request = self  # also keeps the memory alive that C now points to
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        _current.clear()
         lib.edgeml_request_end(self._request)
+        if _thread.request is self:
+            _thread.request = None
 
     def lease(self, pages: Sequence[int]) -> None:
         """Pin these pages until the request ends and page them in; nothing else may be used by it. Raises `BudgetError`, `PageError`."""
-        ordered = sorted(set(pages))
-        self._lease = ffi.new("uint32_t[]", ordered)
-        _check(lib.edgeml_request_lease(self._request, self._lease, len(ordered)), ffi.addressof(self._request, "fault"))
+        if not self._request.context:
+            raise UsageError("a set is leased by a request, and this one is not running")
+        if self._request.leased:
+            raise UsageError("this request has leased a set already")
+        self._lease = _numbers(sorted(set(pages)))  # C reads it until the request ends
+        _check(lib.edgeml_request_lease(self._request, self._lease, len(self._lease)), ffi.addressof(self._request, "fault"))
 
     @property
     def hits(self) -> int:
@@ -273,31 +306,24 @@ class Request:
 
     @property
     def error(self) -> EdgemlError | None:
-        """The first fault an operator met for this request."""
+        """What the call of this request that failed last met, or None."""
         fault = self._request.fault
         return _error(fault.status, fault) if fault.status else None
 
 
-class _Current:
-    """The request that direct calls on this thread are counted for: what C keeps for the operators, kept for `Context.experts`."""
+class _Thread(threading.local):
+    """Its current request: what C keeps for the operators, kept for the direct calls of `Context`."""
 
-    def __init__(self) -> None:
-        import threading
-
-        self._local = threading.local()
-
-    def set(self, context: Context, request: Any) -> None:
-        self._local.pair = (context, request)
-
-    def clear(self) -> None:
-        self._local.pair = (None, None)
-
-    def get(self, context: Context) -> Any:
-        owner, request = getattr(self._local, "pair", (None, None))
-        return request if owner is context else None
+    request: Request | None = None
 
 
-_current = _Current()
+_thread = _Thread()
+
+
+def _request_of(context: Any) -> Any:
+    """The C request that a direct call on this thread is counted for: the current one, or one that is thrown away."""
+    current = _thread.request
+    return current._request if current is not None and current._request.context == context else ffi.new("edgeml_request *")
 
 
 def _options(
@@ -325,6 +351,8 @@ def _options(
     options.fd, options.direct = fd, direct
     options.index, options.index_bytes = keep[1], len(index)
     options.sites, options.site_count = table, len(sites)
+    if not all(0 <= number < 2**32 for number in (slots, threads, readers, requests)):
+        raise UsageError("slots, threads, readers and requests are numbers from 0 up")
     options.slots, options.threads, options.readers, options.requests = slots, threads, readers, requests
     options.isa = name
     return options, [*keep, name, options]
@@ -339,6 +367,12 @@ def _array(values: Any, kind: type, shape: tuple[int | None, ...]) -> NDArray[An
     if array.ndim != len(shape) or any(want not in (None, have) for want, have in zip(shape, array.shape, strict=True)):
         raise UsageError(f"an array of shape {array.shape}, where {tuple('any' if n is None else n for n in shape)} is needed")
     return array
+
+
+def _numbers(pages: Sequence[int]) -> Any:
+    if not all(0 <= page < 2**32 for page in pages):
+        raise UsageError("there is no page of such a number")
+    return ffi.new("uint32_t[]", list(pages))
 
 
 def _name(isa: str | None) -> Any:
@@ -372,5 +406,5 @@ def _error(status: int, fault: Any) -> EdgemlError:
     if status == lib.EDGEML_BAD_INDEX:
         return BundleError(sentence)
     if status == lib.EDGEML_NO_MEMORY:
-        return DeviceError(f"{sentence} for this budget; give a smaller one")
+        return DeviceError(f"{sentence}; give a smaller budget, or close other programs")
     return UsageError(sentence)

@@ -9,7 +9,8 @@
  *      configuration entry "edgeml.context" to the decimal edgeml_handle of the context.
  *
  * Every function that can fail returns a status; results go through pointers. Pointers handed in stay the caller's. Functions
- * may be called from any thread unless they say otherwise; one edgeml_request belongs to one thread at a time.
+ * may be called from any thread unless they say otherwise; a request belongs to the thread that began it. Nothing of a context
+ * may be used in a forked child: its threads are not there.
  * The layout of the index, of pages and of weight tiles is the bundle's format (the head of edgeml/bundle.py).
  */
 #ifndef EDGEML_H
@@ -26,7 +27,7 @@ extern "C" {
 
 #define EDGEML_STATUS_MAP(X)                                                   \
   X(OK, 0, "done")                                                             \
-  X(NO_MEMORY, 1, "not enough memory")                                         \
+  X(NO_MEMORY, 1, "not enough memory, threads or file descriptors")            \
   X(BAD_INDEX, 2, "the index breaks the format")                               \
   X(BAD_ARGUMENT, 3, "an argument is outside its range")                       \
   X(READ_FAILED, 4, "reading failed")                                          \
@@ -35,7 +36,8 @@ extern "C" {
   X(NOT_LEASED, 7, "a page outside the request's leased set was asked for")    \
   X(NEVER_FITS, 8, "the set of pages is larger than the slots that there are") \
   X(BUSY, 9, "requests or graphs still use it")                                \
-  X(NO_SUCH_ISA, 10, "this processor has no such kernels")
+  X(NO_SUCH_ISA, 10, "this processor has no such kernels")                     \
+  X(NESTED, 11, "this thread has a request already")
 
 typedef enum edgeml_status {
 #define X(name, number, sentence) EDGEML_##name = number,
@@ -107,7 +109,7 @@ typedef struct edgeml_options {
   uint32_t slots;         /* pages that may be resident besides the pinned ones; at least 1 when there are routed experts */
   uint32_t threads;       /* that compute, the caller's included: 1 to 256 */
   uint32_t readers;       /* threads that read: 1 to 16 */
-  uint32_t requests;      /* operator calls that may compute at once: 1 to 256; more of them wait */
+  uint32_t requests;      /* calls that may compute and leases that may be held at once: 1 to 256; more of them wait */
   const char *isa;        /* name of a kernel set, NULL for the best */
 } edgeml_options;
 
@@ -121,7 +123,7 @@ typedef struct edgeml_plan_result {
 } edgeml_plan_result;
 
 /* What edgeml_open with these options would hold; `fd`, `slots` and `isa` are not looked at. Errors: BAD_INDEX, BAD_ARGUMENT,
- * NO_MEMORY. */
+ * NO_MEMORY (also where the sizes are beyond 64 bits). */
 int edgeml_plan(const edgeml_options *options, edgeml_plan_result *out);
 
 /* Open: allocates everything, starts the threads, reads and checks the pinned pages. On failure *out is NULL and `fault` (may
@@ -129,7 +131,7 @@ int edgeml_plan(const edgeml_options *options, edgeml_plan_result *out);
 int edgeml_open(const edgeml_options *options, edgeml_context **out, edgeml_fault *fault);
 
 /* Stop the threads and free everything. BUSY, and nothing done, while requests run or an onnxruntime session has operators of
- * this context. NULL is allowed. */
+ * this context. NULL is allowed. Calls outside requests are not seen: the caller sees to it that none is running. */
 int edgeml_close(edgeml_context *context);
 
 /* A number that names this context in the process, for "edgeml.context". Never 0, never used twice. */
@@ -137,7 +139,8 @@ uint64_t edgeml_handle(const edgeml_context *context);
 
 /* ---- requests ---- */
 
-/* Counters: hits and misses in page acquisitions, bytes read from the file, nanoseconds spent waiting for pages. */
+/* Counters of routed experts: hits and misses in page acquisitions, bytes of pages read into slots, nanoseconds spent waiting for
+ * pages. What is pinned and rows of embedding tables are not counted. */
 typedef struct edgeml_counters {
   uint64_t hits, misses, page_in_bytes, page_wait_ns;
 } edgeml_counters;
@@ -146,26 +149,31 @@ typedef struct edgeml_counters {
 typedef struct edgeml_request {
   edgeml_context *context;
   edgeml_counters counters;
-  edgeml_fault fault;       /* the first fault met; status 0 where none */
+  edgeml_fault fault;       /* of the call that failed last; status 0 where none did */
   const uint32_t *lease;    /* pages pinned for this request, ascending; the caller's until end */
   uint32_t lease_count;
   int32_t leased;           /* 1: only leased pages may be used, even where there are none */
   void *scratch;            /* working memory kept for a leased request, so that no holder of pins waits for any */
 } edgeml_request;
 
-/* Begin a request and make it the calling thread's current one: operators running on this thread are counted for it. */
+/* Begin a request and make it the calling thread's current one: operators running on this thread are counted for it. Errors:
+ * NESTED while the thread has a current one, of any context. */
 int edgeml_request_begin(edgeml_context *context, edgeml_request *request);
 
 /* Pin `count` pages (ascending, routed) until the request ends, paging in those that are absent. Waits, in order of arrival, for
- * other leases to end. Errors: BAD_ARGUMENT, NEVER_FITS, READ_FAILED, TRUNCATED, CHECKSUM; then nothing is pinned. */
+ * other leases to end. Operators that onnxruntime runs on other threads than the request's do not have the lease and may wait for
+ * it: run graphs sequentially. Errors: BAD_ARGUMENT (also a request that is not running or has a lease), NEVER_FITS, READ_FAILED,
+ * TRUNCATED, CHECKSUM; then nothing is pinned. */
 int edgeml_request_lease(edgeml_request *request, const uint32_t *pages, uint32_t count);
 
-/* Give up the lease and unset the thread's current request. Counters and fault stay readable. */
+/* Give up the lease and unset the thread's current request, on the thread that began it. Counters and fault stay readable. A
+ * second call does nothing. */
 void edgeml_request_end(edgeml_request *request);
 
 /* ---- computing; `request` NULL: counted for the context alone ---- */
 
-/* y (n, rows) = page's matrix times x (n, cols) + bias. Errors: BAD_ARGUMENT. */
+/* y (n, rows) = page's matrix times x (n, cols) + bias; takes the working memory of the thread's current request if it has a lease.
+ * Errors: BAD_ARGUMENT. */
 int edgeml_linear(edgeml_context *context, uint32_t page, const float *x, size_t n, float *y);
 
 /* out (n, hidden): shared experts, then for j < k the expert ids[j] (-1: none) times weights[j], added in this order whatever
@@ -208,6 +216,12 @@ uint32_t edgeml_get_resident(edgeml_context *context, uint32_t *out, uint32_t ro
 
 /* Rows and columns of matrix `number` (0 to 2) of a page. Errors: BAD_ARGUMENT where there is none. */
 int edgeml_get_matrix(const edgeml_context *context, uint32_t page, uint32_t number, uint32_t *rows, uint32_t *cols);
+
+/* ---- onnxruntime ---- */
+
+/* What register_custom_ops_library calls: adds the operators of the context named by the entry "edgeml.context" to an
+ * OrtSessionOptions. `base` is an OrtApiBase, the result an OrtStatus: NULL when fine. */
+void *RegisterCustomOps(void *options, const void *base);
 
 #ifdef __cplusplus
 }

@@ -1,5 +1,6 @@
 /* Contexts: opening and closing, requests, figures. A context is found by a number, not by a pointer, because the number
  * travels through a session configuration as text: a stale one finds nothing instead of freed memory. */
+#include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
@@ -30,7 +31,7 @@ edgeml_context *context_of(uint64_t handle) {
   pthread_mutex_lock(&contexts_lock);
   edgeml_context *c = contexts;
   while (c && c->handle != handle) c = c->next;
-  if (c) atomic_fetch_add(&c->users, 1); /* while found and not yet used it must not close */
+  if (c) atomic_fetch_add(&c->users, 1);
   pthread_mutex_unlock(&contexts_lock);
   return c;
 }
@@ -47,18 +48,23 @@ typedef struct parsed {
   edgeml_plan_result plan;
 } parsed;
 
+static void parsed_free(const edgeml_options *o, parsed *p) {
+  sites_free(p->sites, o->site_count);
+  free(p->pages);
+}
+
 static int parse(const edgeml_options *o, parsed *out) {
   *out = (parsed){0};
   if (o->threads < 1 || o->threads > 256 || o->readers < 1 || o->readers > 16 || o->requests < 1 || o->requests > 256)
     return EDGEML_BAD_ARGUMENT;
   int status = pages_parse(o->index, o->index_bytes, &out->pages, &out->page_count);
   if (!status) status = sites_copy(o, out->pages, out->page_count, &out->sites);
+  if (!status) status = plan_pages(out->pages, out->page_count, out->sites, o->site_count, &out->plan);
   if (status) {
-    free(out->pages);
+    parsed_free(o, out);
     return status;
   }
   out->extent = extent_of(out->sites, o->site_count, out->pages, out->page_count);
-  plan_pages(out->pages, out->page_count, out->sites, o->site_count, &out->plan);
   out->plan.scratch_bytes = scratch_layout(&out->extent, o->threads, NULL, NULL) * o->requests + row_cache_bytes(out->pages, out->page_count);
   return EDGEML_OK;
 }
@@ -68,8 +74,7 @@ int edgeml_plan(const edgeml_options *options, edgeml_plan_result *out) {
   int status = parse(options, &p);
   if (status) return status;
   *out = p.plan;
-  sites_free(p.sites, options->site_count);
-  free(p.pages);
+  parsed_free(options, &p);
   return EDGEML_OK;
 }
 
@@ -133,7 +138,6 @@ static void destroy(edgeml_context *c) {
   free(c->scratches);
   free(c->scratch_memory);
   free(c->idle);
-  operators_free(c->operators);
   pthread_cond_destroy(&c->idle_changed);
   pthread_mutex_destroy(&c->idle_lock);
   free(c);
@@ -146,15 +150,16 @@ int edgeml_open(const edgeml_options *o, edgeml_context **out, edgeml_fault *fau
   const edgeml_kernels *kernels = edgeml_kernels_get(o->isa);
   if (!kernels) return fault->status = EDGEML_NO_SUCH_ISA;
   parsed p;
-  int status = parse(o, &p);
+  int status = parse(o, &p), fd = -1;
   if (status) return fault->status = status;
-  int fd = p.plan.pageable_pages && o->slots < 1 ? -1 : fcntl(o->fd, F_DUPFD_CLOEXEC, 0);
-  edgeml_context *c = fd < 0 ? NULL : calloc(1, sizeof *c);
-  if (!c) {
-    if (fd >= 0) close(fd);
-    sites_free(p.sites, o->site_count);
-    free(p.pages);
-    return fault->status = fd < 0 ? EDGEML_BAD_ARGUMENT : EDGEML_NO_MEMORY;
+  edgeml_context *c = calloc(1, sizeof *c);
+  if (!c) status = EDGEML_NO_MEMORY;
+  else if (p.plan.pageable_pages && o->slots < 1) status = EDGEML_BAD_ARGUMENT;
+  else if ((fd = fcntl(o->fd, F_DUPFD_CLOEXEC, 0)) < 0) status = errno == EMFILE ? EDGEML_NO_MEMORY : EDGEML_BAD_ARGUMENT;
+  if (status) {
+    free(c);
+    parsed_free(o, &p);
+    return fault->status = status;
   }
   c->kernels = kernels, c->sites = p.sites, c->site_count = o->site_count, c->extent = p.extent;
   c->pinned_bytes = p.plan.pinned_bytes, c->scratch_bytes = p.plan.scratch_bytes;
@@ -216,6 +221,7 @@ edgeml_request *request_current(const edgeml_context *context) {
 }
 
 int edgeml_request_begin(edgeml_context *context, edgeml_request *request) {
+  if (current_request && current_request->context) return EDGEML_NESTED; /* a lease inside a lease would wait for itself */
   *request = (edgeml_request){.context = context, .fault = {.page = UINT32_MAX}};
   atomic_fetch_add(&context->users, 1);
   current_request = request;
@@ -223,11 +229,13 @@ int edgeml_request_begin(edgeml_context *context, edgeml_request *request) {
 }
 
 int edgeml_request_lease(edgeml_request *request, const uint32_t *pages, uint32_t count) {
+  if (!request->context || request->leased) return EDGEML_BAD_ARGUMENT;
   pager *pg = &request->context->pager;
-  if (request->leased) return EDGEML_BAD_ARGUMENT;
   for (uint32_t i = 0; i < count; i++)
-    if (pages[i] >= pg->page_count || pg->pages[pages[i]].site == NO_SITE || pg->pages[pages[i]].pinned || (i && pages[i] <= pages[i - 1]))
+    if (pages[i] >= pg->page_count || pg->pages[pages[i]].site == NO_SITE || (i && pages[i] <= pages[i - 1])) {
+      request->fault = (edgeml_fault){.status = EDGEML_BAD_ARGUMENT, .page = UINT32_MAX, .value = pages[i]};
       return EDGEML_BAD_ARGUMENT;
+    }
   request->lease = pages, request->lease_count = count, request->leased = 1;
   request->scratch = scratch_take(request->context, NULL); /* before any pin: see pager.h, rule 3 */
   pthread_mutex_lock(&pg->lock);
@@ -262,7 +270,7 @@ void edgeml_request_end(edgeml_request *request) {
 int edgeml_advise(edgeml_context *context, const uint32_t *pages, uint32_t count, int32_t priority, int load) {
   const pager *pg = &context->pager;
   for (uint32_t i = 0; i < count; i++)
-    if (pages[i] >= pg->page_count || pg->pages[pages[i]].site == NO_SITE || pg->pages[pages[i]].pinned) return EDGEML_BAD_ARGUMENT;
+    if (pages[i] >= pg->page_count || pg->pages[pages[i]].site == NO_SITE) return EDGEML_BAD_ARGUMENT;
   pager_advise(&context->pager, pages, count, priority, load);
   return EDGEML_OK;
 }

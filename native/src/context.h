@@ -89,7 +89,6 @@ struct edgeml_context {
   pthread_mutex_t idle_lock;
   pthread_cond_t idle_changed;
   atomic_uint users;   /* requests that run and operators in onnxruntime sessions */
-  struct operators *operators;
   struct edgeml_context *next;
 };
 
@@ -97,7 +96,7 @@ struct edgeml_context {
 int sites_copy(const edgeml_options *options, page *pages, uint32_t page_count, site **out);
 void sites_free(site *sites, uint32_t count);
 extent extent_of(const site *sites, uint32_t site_count, const page *pages, uint32_t page_count);
-void plan_pages(page *pages, uint32_t page_count, const site *sites, uint32_t site_count, edgeml_plan_result *out);
+int plan_pages(page *pages, uint32_t page_count, const site *sites, uint32_t site_count, edgeml_plan_result *out);
 uint64_t row_cache_bytes(const page *pages, uint32_t page_count);
 uint64_t scratch_layout(const extent *extent, uint32_t threads, scratch *scratch, uint8_t *base);
 
@@ -105,9 +104,6 @@ uint64_t scratch_layout(const extent *extent, uint32_t threads, scratch *scratch
 scratch *scratch_take(edgeml_context *context, edgeml_request *request);
 void scratch_return(edgeml_context *context, edgeml_request *request, scratch *scratch);
 edgeml_request *request_current(const edgeml_context *context);
-edgeml_context *context_of(uint64_t handle);
-
-/* ops.c */
-void operators_free(struct operators *operators);
+edgeml_context *context_of(uint64_t handle); /* counted among its users, so that it does not close; NULL where there is none */
 
 #endif

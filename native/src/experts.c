@@ -25,6 +25,7 @@ typedef struct call {
   const int64_t *ids;
   float *out;
   uint32_t tokens, k, job_count, next_job, running, deferred;
+  int in_line; /* the calling thread waits for a slot, without the lock */
   atomic_uint next_token;
   edgeml_fault fault;
 } call;
@@ -201,13 +202,15 @@ static void pin_pages(call *c) {
 }
 
 static int start_deferred(call *c, int wait) {
+  if (c->in_line) return 0; /* a page that somebody else reads meanwhile must not be pinned twice */
   for (uint32_t u = 0; c->deferred && u < c->site->page_count; u++) {
     use *in_use = &c->scratch->uses[u];
     if (!in_use->jobs || in_use->pinned) continue;
     if (!wait && !try_start(c, in_use, page_of(c, u))) return 0;
     if (wait) {
+      c->in_line = 1;
       pager_start(&c->context->pager, page_of(c, u), c->request);
-      in_use->pinned = in_use->loaded = 1;
+      c->in_line = 0, in_use->pinned = in_use->loaded = 1;
     }
     c->deferred--;
     return 1;
@@ -217,10 +220,11 @@ static int start_deferred(call *c, int wait) {
 
 static void finish_job(call *c, const job *j) {
   c->running--;
-  if (j->use == NO_USE || --c->scratch->uses[j->use].jobs) return;
-  c->scratch->uses[j->use].pinned = 0;
-  pager_unpin(&c->context->pager, page_of(c, (uint32_t)j->use));
-  if (!c->deferred) return;
+  if (j->use != NO_USE && --c->scratch->uses[j->use].jobs == 0) {
+    c->scratch->uses[j->use].pinned = 0;
+    pager_unpin(&c->context->pager, page_of(c, (uint32_t)j->use));
+  }
+  if (!c->deferred) return; /* else whoever waits for running jobs has to look again */
   start_deferred(c, 0);
   pthread_cond_broadcast(&c->context->pager.changed);
 }
@@ -263,11 +267,11 @@ static void experts_body(void *argument, int worker) {
       finish_job(c, j);
     } else if (start_deferred(c, 0)) {
       continue;
-    } else if (worker) {
-      if (!loading) break; /* what is left needs a slot: the calling thread's business */
-      pthread_cond_wait(&pg->changed, &pg->lock);
     } else if (loading || c->running) {
-      pager_wait(pg, c->request, c->site_number);
+      if (worker) pthread_cond_wait(&pg->changed, &pg->lock);
+      else pager_wait(pg, c->request, c->site_number);
+    } else if (worker) {
+      break; /* what is left needs a slot: the calling thread's business */
     } else {
       start_deferred(c, 1);
     }
@@ -334,6 +338,6 @@ int edgeml_experts(edgeml_context *context, edgeml_request *request, uint32_t nu
     }
     scratch_return(context, request, s);
   }
-  if (request && fault.status && !request->fault.status) request->fault = fault;
+  if (request && fault.status) request->fault = fault;
   return fault.status;
 }

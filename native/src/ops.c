@@ -57,7 +57,7 @@ enum {
 };
 
 typedef struct OrtCustomOp OrtCustomOp;
-struct OrtCustomOp { /* onnxruntime's layout, in its order */
+struct OrtCustomOp { /* onnxruntime's layout, in its order; it calls the V2 functions where both are declared */
   uint32_t version;
   void *(*CreateKernel)(const OrtCustomOp *, const OrtApi *, const void *info);
   const char *(*GetName)(const OrtCustomOp *);
@@ -92,15 +92,16 @@ static const char *const names[OPERATORS] = {"PagedExperts", "Linear", "EmbedRow
 typedef struct operator_entry {
   OrtCustomOp op; /* first: onnxruntime hands back a pointer to it */
   enum which which;
-  edgeml_context *context;
+  uint64_t handle; /* of the context */
 } operator_entry;
 
-/* Of one context; sessions keep pointers into it. */
-struct operators {
+/* Of one context that sessions were made for. Never freed: session options keep pointers into it, and nothing tells when the
+ * last of them is gone. So it names its context by handle, and options that outlive the context find it closed. */
+typedef struct operators {
   void *domain;
   operator_entry entries[OPERATORS];
   struct operators *next;
-};
+} operators;
 
 typedef struct kernel {
   const OrtApi *api;
@@ -166,14 +167,10 @@ static OrtStatus *compute_experts(const kernel *k, void *context) {
     return fail(k->api, ORT_INVALID_ARGUMENT, "edgeml.PagedExperts: hidden, ids and weights do not fit each other and the site");
   status = get_output(k->api, context, x.dims, x.rank, &out);
   if (status) return status;
-  edgeml_request ours = {.context = k->context}, *request = request_current(k->context);
+  edgeml_request ours = {0}, *request = request_current(k->context);
   if (!request) request = &ours;
-  edgeml_fault before = request->fault;
-  request->fault.status = EDGEML_OK;
-  int result = edgeml_experts(k->context, request, k->number, x.data, ids.data, weights.data, x.rows, (size_t)ids.last, out);
-  edgeml_fault met = request->fault;
-  if (before.status || !result) request->fault = before; /* a request keeps the first fault it met */
-  return result ? fail_with(k, &met) : NULL;
+  int failed = edgeml_experts(k->context, request, k->number, x.data, ids.data, weights.data, x.rows, (size_t)ids.last, out);
+  return failed ? fail_with(k, &request->fault) : NULL;
 }
 
 static OrtStatus *compute_linear(const kernel *k, void *context) {
@@ -199,14 +196,10 @@ static OrtStatus *compute_rows(const kernel *k, void *context) {
   ids.dims[ids.rank] = k->context->pager.pages[k->number].matrices[0].cols;
   status = get_output(k->api, context, ids.dims, ids.rank + 1, &out);
   if (status) return status;
-  edgeml_request ours = {.context = k->context}, *request = request_current(k->context);
+  edgeml_request ours = {0}, *request = request_current(k->context);
   if (!request) request = &ours;
-  edgeml_fault before = request->fault;
-  request->fault.status = EDGEML_OK;
-  int result = edgeml_embed_rows(k->context, request, k->number, ids.data, ids.rows * (size_t)ids.last, out);
-  edgeml_fault met = request->fault;
-  if (before.status || !result) request->fault = before;
-  return result ? fail_with(k, &met) : NULL;
+  int failed = edgeml_embed_rows(k->context, request, k->number, ids.data, ids.rows * (size_t)ids.last, out);
+  return failed ? fail_with(k, &request->fault) : NULL;
 }
 
 static OrtStatus *kernel_compute(void *state, void *context) {
@@ -218,40 +211,39 @@ static OrtStatus *kernel_compute(void *state, void *context) {
   }
 }
 
-static void kernel_compute_old(void *state, void *context) { /* before version 16; errors could not be told */
-  OrtStatus *status = kernel_compute(state, context);
-  if (status) CALL(((const kernel *)state)->api, RELEASE_STATUS, release_status *, status);
+/* ---- creating ---- */
+
+static OrtStatus *fail_closed(const OrtApi *api) {
+  return fail(api, ORT_INVALID_ARGUMENT, "edgeml: the context named by edgeml.context is closed");
 }
 
-/* ---- creating ---- */
+static int number_fits(const edgeml_context *c, enum which which, int64_t number) {
+  if (which == PAGED_EXPERTS) return number >= 0 && number < (int64_t)c->site_count;
+  if (number < 0 || number >= (int64_t)c->pager.page_count) return 0;
+  return c->pager.pages[number].kind == (which == LINEAR ? KIND_LINEAR : KIND_ROWS);
+}
 
 static OrtStatus *kernel_create(const OrtCustomOp *op, const OrtApi *api, const void *info, void **out) {
   const operator_entry *entry = (const operator_entry *)op;
-  edgeml_context *c = entry->context;
+  const char *attribute = entry->which == PAGED_EXPERTS ? "site" : "page";
   int64_t number = -1;
-  OrtStatus *status = CALL(api, ATTRIBUTE_INT, attribute_int *, info, entry->which == PAGED_EXPERTS ? "site" : "page", &number);
+  OrtStatus *status = CALL(api, ATTRIBUTE_INT, attribute_int *, info, attribute, &number);
   if (status) return status;
-  int fits = 0;
-  if (entry->which == PAGED_EXPERTS) fits = number >= 0 && number < (int64_t)c->site_count;
-  else if (number >= 0 && number < (int64_t)c->pager.page_count)
-    fits = c->pager.pages[number].kind == (entry->which == LINEAR ? KIND_LINEAR : KIND_ROWS);
-  char text[128];
-  snprintf(text, sizeof text, "edgeml.%s names %s %lld, which the bundle does not have", names[entry->which],
-           entry->which == PAGED_EXPERTS ? "site" : "page", (long long)number);
-  if (!fits) return fail(api, ORT_INVALID_ARGUMENT, text);
+  edgeml_context *c = context_of(entry->handle);
+  if (!c) return fail_closed(api);
   kernel *k = malloc(sizeof *k);
-  if (!k) return fail(api, ORT_FAIL, "edgeml: not enough memory");
-  *k = (kernel){api, c, entry->which, (uint32_t)number};
-  atomic_fetch_add(&c->users, 1);
-  *out = k;
-  return NULL;
-}
-
-static void *kernel_create_old(const OrtCustomOp *op, const OrtApi *api, const void *info) {
-  void *out = NULL;
-  OrtStatus *status = kernel_create(op, api, info, &out);
-  if (status) CALL(api, RELEASE_STATUS, release_status *, status);
-  return out;
+  if (k && number_fits(c, entry->which, number)) {
+    *k = (kernel){api, c, entry->which, (uint32_t)number}; /* a user of the context from here on */
+    *out = k;
+    return NULL;
+  }
+  char text[128] = "edgeml: not enough memory";
+  if (k)
+    snprintf(text, sizeof text, "edgeml.%s names %s %lld, which the bundle does not have", names[entry->which], attribute,
+             (long long)number);
+  free(k);
+  atomic_fetch_sub(&c->users, 1);
+  return fail(api, ORT_INVALID_ARGUMENT, text);
 }
 
 static void kernel_destroy(void *state) {
@@ -276,48 +268,44 @@ static int one(const OrtCustomOp *op) { return (void)op, 1; }
 static int highest_version(const OrtCustomOp *op) { return (void)op, INT32_MAX; }
 
 static const OrtCustomOp prototype = {
-    .version = API_VERSION, .CreateKernel = kernel_create_old, .GetName = get_name, .GetExecutionProviderType = get_provider,
-    .GetInputType = input_type, .GetInputTypeCount = input_count, .GetOutputType = output_type, .GetOutputTypeCount = output_count,
-    .KernelCompute = kernel_compute_old, .KernelDestroy = kernel_destroy, .GetInputCharacteristic = characteristic,
-    .GetOutputCharacteristic = characteristic, .GetInputMemoryType = memory_type, .GetVariadicInputMinArity = one,
+    .version = API_VERSION, .GetName = get_name, .GetExecutionProviderType = get_provider, .GetInputType = input_type,
+    .GetInputTypeCount = input_count, .GetOutputType = output_type, .GetOutputTypeCount = output_count,
+    .KernelDestroy = kernel_destroy, .GetInputCharacteristic = characteristic, .GetOutputCharacteristic = characteristic,
+    .GetInputMemoryType = memory_type, .GetVariadicInputMinArity = one,
     .GetVariadicInputHomogeneity = one, .GetVariadicOutputMinArity = one, .GetVariadicOutputHomogeneity = one,
     .CreateKernelV2 = kernel_create, .KernelComputeV2 = kernel_compute, .GetStartVersion = one, .GetEndVersion = highest_version,
 };
 
 /* ---- registering ---- */
 
-static pthread_mutex_t spare_lock = PTHREAD_MUTEX_INITIALIZER;
-static struct operators *spare; /* of closed contexts: a session may outlive its context by a moment, so they are kept for the next */
+static pthread_mutex_t made_lock = PTHREAD_MUTEX_INITIALIZER;
+static operators *made;
 
-void operators_free(struct operators *operators) {
-  if (!operators) return;
-  pthread_mutex_lock(&spare_lock);
-  operators->next = spare, spare = operators;
-  pthread_mutex_unlock(&spare_lock);
-}
-
-static OrtStatus *make_operators(const OrtApi *api, edgeml_context *c) {
-  pthread_mutex_lock(&spare_lock);
-  struct operators *o = spare;
-  if (o) spare = o->next;
-  pthread_mutex_unlock(&spare_lock);
-  int fresh = !o;
-  if (fresh) o = calloc(1, sizeof *o);
+/* With made_lock held. */
+static OrtStatus *make_operators(const OrtApi *api, uint64_t handle) {
+  operators *o = calloc(1, sizeof *o);
   if (!o) return fail(api, ORT_FAIL, "edgeml: not enough memory");
-  OrtStatus *status = fresh ? CALL(api, CREATE_DOMAIN, create_domain *, "edgeml", &o->domain) : NULL;
+  OrtStatus *status = CALL(api, CREATE_DOMAIN, create_domain *, "edgeml", &o->domain);
   for (int i = 0; i < OPERATORS && !status; i++) {
-    o->entries[i] = (operator_entry){prototype, (enum which)i, c};
-    if (fresh) status = CALL(api, DOMAIN_ADD, domain_add *, o->domain, &o->entries[i].op);
+    o->entries[i] = (operator_entry){prototype, (enum which)i, handle};
+    status = CALL(api, DOMAIN_ADD, domain_add *, o->domain, &o->entries[i].op);
   }
   if (status) free(o);
-  else c->operators = o;
+  else o->next = made, made = o;
   return status;
 }
 
-/* Called by onnxruntime's register_custom_ops_library. */
-EXPORT OrtStatus *RegisterCustomOps(void *options, const OrtApiBase *base);
-EXPORT OrtStatus *RegisterCustomOps(void *options, const OrtApiBase *base) {
-  const OrtApi *api = base->GetApi(API_VERSION);
+static OrtStatus *find_operators(const OrtApi *api, uint64_t handle, const operators **out) {
+  OrtStatus *status = NULL;
+  pthread_mutex_lock(&made_lock);
+  for (*out = made; *out && (*out)->entries[0].handle != handle;) *out = (*out)->next;
+  if (!*out) status = make_operators(api, handle), *out = made;
+  pthread_mutex_unlock(&made_lock);
+  return status;
+}
+
+EXPORT OrtStatus *RegisterCustomOps(void *options, const void *base) {
+  const OrtApi *api = ((const OrtApiBase *)base)->GetApi(API_VERSION);
   if (!api) return NULL; /* older than 1.17: its nodes will say that the operators are unknown */
   char text[32] = "";
   size_t size = sizeof text;
@@ -328,11 +316,10 @@ EXPORT OrtStatus *RegisterCustomOps(void *options, const OrtApiBase *base) {
   status = CALL(api, CONFIG_ENTRY, config_entry *, options, "edgeml.context", text, &size);
   if (status) return status;
   edgeml_context *c = context_of(strtoull(text, NULL, 10));
-  if (!c) return fail(api, ORT_INVALID_ARGUMENT, "edgeml: the context named by edgeml.context is closed");
-  pthread_mutex_lock(&c->idle_lock);
-  status = c->operators ? NULL : make_operators(api, c);
-  pthread_mutex_unlock(&c->idle_lock);
-  if (!status) status = CALL(api, OPTIONS_ADD_DOMAIN, options_add *, options, c->operators->domain);
+  if (!c) return fail_closed(api);
+  const operators *found;
+  status = find_operators(api, c->handle, &found);
+  if (!status) status = CALL(api, OPTIONS_ADD_DOMAIN, options_add *, options, found->domain);
   atomic_fetch_sub(&c->users, 1);
   return status;
 }

@@ -232,7 +232,10 @@ static void pin_lease(pager *pg, edgeml_request *request) {
 }
 
 int pager_lease(pager *pg, edgeml_request *request) {
-  if (request->lease_count > pg->slots) return EDGEML_NEVER_FITS;
+  edgeml_fault fault = {.status = EDGEML_OK};
+  uint32_t paged = 0;
+  for (uint32_t i = 0; i < request->lease_count; i++) paged += !pg->pages[request->lease[i]].pinned;
+  if (paged > pg->slots) return EDGEML_NEVER_FITS;
   uint64_t since = now_ns();
   take_turn(pg);
   while (!lease_fits(pg, request)) pthread_cond_wait(&pg->changed, &pg->lock);
@@ -241,11 +244,14 @@ int pager_lease(pager *pg, edgeml_request *request) {
   for (uint32_t i = 0; i < request->lease_count; i++) {
     page *p = &pg->pages[request->lease[i]];
     while (p->state == PAGE_LOADING) pthread_cond_wait(&pg->changed, &pg->lock);
-    if (p->state == PAGE_FAILED && request->fault.status == EDGEML_OK) request->fault = p->fault;
+    if (p->state == PAGE_FAILED && !fault.status) fault = p->fault;
   }
   count_wait(pg, request, NO_SITE, since);
-  if (request->fault.status != EDGEML_OK) pager_unlease(pg, request);
-  return request->fault.status;
+  if (fault.status) {
+    request->fault = fault;
+    pager_unlease(pg, request);
+  }
+  return fault.status;
 }
 
 void pager_unlease(pager *pg, edgeml_request *request) {

@@ -71,7 +71,8 @@ static int parse_record(const uint8_t *r, uint32_t number, page *p) {
   p->kind = u16(r + 4), p->offset = u64(r + 8), p->length = u64(r + 16), p->crc = u32(r + 24);
   p->activation = u32(r + 64), p->count = u32(r + 68), p->stride = u64(r + 72);
   p->site = NO_SITE, p->slot = NO_SLOT;
-  if (p->offset > MAX_FILE_BYTES || p->length < 1 || p->length > MAX_FILE_BYTES || p->stride > MAX_FILE_BYTES) return EDGEML_BAD_INDEX;
+  if (p->offset > MAX_FILE_BYTES || p->length < 1 || p->length > MAX_FILE_BYTES - p->offset || p->stride > MAX_FILE_BYTES)
+    return EDGEML_BAD_INDEX;
   int status = parse_matrices(r, p);
   return status ? status : check_shape(p);
 }
@@ -81,10 +82,14 @@ int pages_parse(const void *index, size_t index_bytes, page **out, uint32_t *cou
   if (index_bytes % RECORD_BYTES || n > MAX_PAGES) return EDGEML_BAD_INDEX;
   page *pages = calloc(n ? n : 1, sizeof *pages);
   if (!pages) return EDGEML_NO_MEMORY;
+  uint64_t end = OS_PAGE; /* pages do not overlap, so all of them together are no longer than a file */
   for (size_t i = 0; i < n; i++) {
-    if (parse_record((const uint8_t *)index + i * RECORD_BYTES, (uint32_t)i, &pages[i]) == EDGEML_OK) continue;
-    free(pages);
-    return EDGEML_BAD_INDEX;
+    int status = parse_record((const uint8_t *)index + i * RECORD_BYTES, (uint32_t)i, &pages[i]);
+    if (status || pages[i].offset < end || pages[i].offset % OS_PAGE) {
+      free(pages);
+      return EDGEML_BAD_INDEX;
+    }
+    end = pages[i].offset + pages[i].length;
   }
   *out = pages, *count = (uint32_t)n;
   return EDGEML_OK;

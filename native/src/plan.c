@@ -101,7 +101,7 @@ extent extent_of(const site *sites, uint32_t site_count, const page *pages, uint
   return x;
 }
 
-void plan_pages(page *pages, uint32_t page_count, const site *sites, uint32_t site_count, edgeml_plan_result *out) {
+int plan_pages(page *pages, uint32_t page_count, const site *sites, uint32_t site_count, edgeml_plan_result *out) {
   for (uint32_t i = 0; i < site_count; i++)
     for (uint32_t e = 0; e < sites[i].shared_count; e++) pages[sites[i].shared[e].page].pinned = 1;
   for (uint32_t i = 0; i < page_count; i++) {
@@ -115,7 +115,8 @@ void plan_pages(page *pages, uint32_t page_count, const site *sites, uint32_t si
       if (bytes > out->slot_bytes) out->slot_bytes = bytes;
     }
   }
-  out->pageable_bytes = out->slot_bytes * out->pageable_pages;
+  /* One long page and many short ones: the only product that can wrap. */
+  return __builtin_mul_overflow(out->slot_bytes, out->pageable_pages, &out->pageable_bytes) ? EDGEML_NO_MEMORY : EDGEML_OK;
 }
 
 uint64_t row_cache_bytes(const page *pages, uint32_t page_count) {

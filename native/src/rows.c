@@ -64,6 +64,6 @@ int edgeml_embed_rows(edgeml_context *context, edgeml_request *request, uint32_t
     }
     pthread_mutex_unlock(&cache->lock);
   }
-  if (request && fault.status && !request->fault.status) request->fault = fault;
+  if (request && fault.status) request->fault = fault;
   return fault.status;
 }

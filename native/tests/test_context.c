@@ -3,14 +3,16 @@
 #undef NDEBUG
 #define _GNU_SOURCE
 #include <assert.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
-#include "kernels.h"
+#include "context.h"
 
 #include "edgeml.h"
 
@@ -149,7 +151,7 @@ typedef struct user {
   uint32_t number;
 } user;
 
-static void *use(void *argument) {
+static void *work(void *argument) {
   user *u = argument;
   inputs in;
   for (uint32_t round = 0; round < 30; round++) {
@@ -181,7 +183,7 @@ static void threads_at_once(const fixture *f, uint32_t slots) {
   user users[4];
   for (uint32_t i = 0; i < 4; i++) {
     users[i] = (user){f, c, expected, i};
-    assert(pthread_create(&threads[i], NULL, use, &users[i]) == 0);
+    assert(pthread_create(&threads[i], NULL, work, &users[i]) == 0);
   }
   for (int i = 0; i < 200; i++) edgeml_advise(c, (const uint32_t[]){(uint32_t)i % ROUTED}, 1, i % 3 - 1, 1);
   for (int i = 0; i < 4; i++) pthread_join(threads[i], NULL);
@@ -222,6 +224,131 @@ static void rows(const fixture *f) {
   assert(edgeml_close(c) == EDGEML_OK);
 }
 
+static void *lease_all_of(void *argument) {
+  user *u = argument;
+  uint32_t pages[EXPERTS];
+  edgeml_request request;
+  assert(edgeml_request_begin(u->context, &request) == EDGEML_OK);
+  for (uint32_t i = 0; i < EXPERTS; i++) pages[i] = u->number * EXPERTS + i;
+  assert(edgeml_request_lease(&request, pages, EXPERTS) == EDGEML_OK);
+  edgeml_request_end(&request);
+  return NULL;
+}
+
+static void *call_last_site(void *argument) {
+  user *u = argument;
+  inputs in;
+  draw(&in, SITES - 1);
+  for (int i = 0; i < TOKENS * TOP_K; i++) in.ids[i] = i ? -1 : 0;
+  answer(u->context, NULL, SITES - 1, &in);
+  return NULL;
+}
+
+static void await_tickets(edgeml_context *c, uint64_t count) {
+  for (uint64_t seen = 0; seen < count; usleep(100)) {
+    pthread_mutex_lock(&c->pager.lock);
+    seen = c->pager.next_ticket;
+    pthread_mutex_unlock(&c->pager.lock);
+  }
+}
+
+/* A compute thread that wakes only while its call waits in the line for slots, when others have read the call's page: it must
+ * not pin that page a second time. */
+static void late_worker(const fixture *f) {
+  edgeml_options o = {f->fd, 0, f->index, sizeof f->index, f->sites, SITES, EXPERTS, 2, 2, 8, NULL};
+  edgeml_context *c;
+  edgeml_request first;
+  uint32_t pages[EXPERTS] = {0, 1, 2, 3, 4, 5};
+  pthread_t threads[3];
+  user users[3] = {{f, NULL, NULL, SITES - 1}, {f, NULL, NULL, 1}, {f, NULL, NULL, 0}};
+  assert(edgeml_open(&o, &c, NULL) == EDGEML_OK);
+  while (atomic_load(&c->pool.sleepers) != 1) usleep(100);
+  atomic_store(&c->pool.sleepers, 0); /* nobody wakes the worker now */
+  assert(edgeml_request_begin(c, &first) == EDGEML_OK && edgeml_request_lease(&first, pages, EXPERTS) == EDGEML_OK);
+  for (uint32_t i = 0; i < 3; i++) users[i].context = c;
+  assert(pthread_create(&threads[0], NULL, lease_all_of, &users[0]) == 0); /* reads the page that the call needs */
+  await_tickets(c, 2);
+  pthread_mutex_lock(&c->pager.lock); /* the call's turn is the third, and the second is not over when the worker wakes */
+  c->pager.next_ticket++;
+  pthread_mutex_unlock(&c->pager.lock);
+  assert(pthread_create(&threads[1], NULL, call_last_site, &users[1]) == 0);
+  await_tickets(c, 4);
+  edgeml_request_end(&first);
+  pthread_join(threads[0], NULL);
+  pthread_mutex_lock(&c->pool.lock);
+  atomic_store(&c->pool.sleepers, 1);
+  pthread_cond_broadcast(&c->pool.wake);
+  pthread_mutex_unlock(&c->pool.lock);
+  usleep(50000);
+  pthread_mutex_lock(&c->pager.lock);
+  c->pager.served_ticket++;
+  pthread_cond_broadcast(&c->pager.changed);
+  pthread_mutex_unlock(&c->pager.lock);
+  pthread_join(threads[1], NULL);
+  for (uint32_t i = 0; i < PAGES; i++) assert(c->pager.pages[i].pins == 0);
+  assert(edgeml_close(c) == EDGEML_OK);
+}
+
+static void requests(const fixture *f) {
+  edgeml_context *c = open_with(f, EXPERTS, 1, 0);
+  edgeml_request request = {0}, other;
+  uint32_t pages[] = {0, 1}, linear = LINEAR;
+  int64_t bad = EXPERTS;
+  float x[HIDDEN] = {0}, weight = 1, out[HIDDEN];
+  assert(edgeml_request_lease(&request, pages, 2) == EDGEML_BAD_ARGUMENT); /* not begun */
+  assert(edgeml_request_begin(c, &request) == EDGEML_OK);
+  assert(edgeml_request_begin(c, &other) == EDGEML_NESTED);
+  assert(edgeml_experts(c, &request, 0, x, &bad, &weight, 1, 1, out) == EDGEML_BAD_ARGUMENT && request.fault.value == EXPERTS);
+  assert(edgeml_request_lease(&request, &linear, 1) == EDGEML_BAD_ARGUMENT && request.fault.value == LINEAR);
+  assert(edgeml_request_lease(&request, pages, 2) == EDGEML_OK); /* an earlier fault is no obstacle */
+  assert(edgeml_request_lease(&request, pages, 2) == EDGEML_BAD_ARGUMENT);
+  edgeml_request_end(&request);
+  edgeml_request_end(&request);
+  assert(c->pager.pages[0].pins == 0 && c->idle_count == c->scratch_count);
+  assert(edgeml_close(c) == EDGEML_OK);
+}
+
+static void no_descriptors(const fixture *f) {
+  edgeml_options o = {f->fd, 0, f->index, sizeof f->index, f->sites, SITES, 1, 1, 1, 1, NULL};
+  edgeml_context *c;
+  struct rlimit limit, none;
+  assert(getrlimit(RLIMIT_NOFILE, &limit) == 0);
+  none = (struct rlimit){(rlim_t)f->fd + 1, limit.rlim_max};
+  assert(setrlimit(RLIMIT_NOFILE, &none) == 0);
+  assert(edgeml_open(&o, &c, NULL) == EDGEML_NO_MEMORY);
+  assert(setrlimit(RLIMIT_NOFILE, &limit) == 0);
+  o.fd = 1 << 20;
+  assert(edgeml_open(&o, &c, NULL) == EDGEML_BAD_ARGUMENT);
+}
+
+/* Sizes that the format allows and no machine has, chosen so that their products would wrap. */
+static void absurd_sizes(void) {
+  enum { MANY = 1 << 19 }; /* pages, and slots of 2^45 bytes for them */
+  uint8_t *index = calloc(MANY, 128);
+  edgeml_expert_ref *refs = calloc(MANY, sizeof *refs);
+  edgeml_plan_result plan;
+  uint64_t offset = ALIGN;
+  assert(index && refs);
+  for (uint32_t i = 0; i < MANY; i++) {
+    uint8_t *r = index + 128ul * i;
+    uint64_t type = i ? WEIGHT_INT4 : WEIGHT_F32, rows = i ? 1 : 1 << 22, cols = i ? 32 : 1 << 20;
+    uint64_t length = up(edgeml_matrix_bytes((int)type, rows, cols), 64) + up(edgeml_matrix_bytes((int)type, cols, rows), 64);
+    put(r, i, 4), put(r + 4, 2, 2), put(r + 8, offset, 8), put(r + 16, length, 8), put(r + 68, 1, 4), put(r + 72, length, 8);
+    put(r + 80, type, 1), put(r + 84, rows, 4), put(r + 88, cols, 4);
+    put(r + 96, type, 1), put(r + 100, cols, 4), put(r + 104, rows, 4);
+    offset = up(offset + length, ALIGN);
+    refs[i].page = i;
+  }
+  edgeml_site sites[] = {{refs, NULL, 1, 0, 1 << 20, 1}, {refs + 1, NULL, MANY - 1, 0, 32, 1}};
+  edgeml_options o = {0, 0, index, 128ul * MANY, sites, 2, MANY, 1, 1, 1, NULL};
+  edgeml_context *c;
+  assert(edgeml_plan(&o, &plan) == EDGEML_NO_MEMORY && edgeml_open(&o, &c, NULL) == EDGEML_NO_MEMORY);
+  put(index + 128 + 8, ALIGN, 8); /* page 1 inside page 0 */
+  assert(edgeml_plan(&o, &plan) == EDGEML_BAD_INDEX);
+  free(index);
+  free(refs);
+}
+
 /* Any byte of the index changed: refused or harmless, never a crash. */
 static void broken_index(const fixture *f) {
   static uint8_t index[sizeof f->index];
@@ -244,6 +371,10 @@ int main(void) {
   threads_at_once(&f, EXPERTS);
   damage(&f);
   rows(&f);
+  late_worker(&f);
+  requests(&f);
+  no_descriptors(&f);
+  absurd_sizes();
   broken_index(&f);
   close(f.fd);
   unlink(f.path);

@@ -170,6 +170,46 @@ def test_a_session_without_a_context_or_with_a_closed_one(case: Case) -> None:
         options.register_custom_ops_library(native.LIBRARY_PATH)
 
 
+def test_options_that_outlive_their_context(case: Case) -> None:
+    """The session is created when the context is closed and another has taken its place."""
+    with case.open() as closed:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        options.add_session_config_entry("edgeml.context", closed.handle)
+        options.register_custom_ops_library(native.LIBRARY_PATH)
+    data = model("Linear", page=case.linear)
+    with pytest.raises(Exception, match=r"context named by edgeml\.context is closed"):
+        onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    with case.open() as other:
+        run = session(other, data)
+        with pytest.raises(Exception, match=r"context named by edgeml\.context is closed"):
+            onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        del run
+
+
+def test_a_request_tells_of_the_call_that_failed_last(case: Case, context: native.Context) -> None:
+    x, ids, weights = random_call(4, 1)
+    run = session(context, model("PagedExperts", site=0))
+    with context.request() as request:
+        for bad in (77, 78):
+            ids[2, 1] = bad
+            with pytest.raises(Exception, match=f"{bad} is outside its range"):
+                run.run(None, {"x": x, "ids": ids, "weights": weights})
+            assert str(bad) in str(request.error)
+
+
+def test_two_sessions_on_one_context_from_several_threads(case: Case, context: native.Context) -> None:
+    x, ids, weights = random_call(9, 1)
+    feeds = {"x": x, "ids": ids, "weights": weights}
+    with case.open(slots=2, threads=2, requests=1) as narrow:
+        runs = [session(narrow, model("PagedExperts", site=site)) for site in (0, 1)]
+        expected = [context.experts(site, x, ids, weights).tobytes() for site in (0, 1)]
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda number: runs[number % 2].run(None, feeds)[0].tobytes(), range(40)))
+        assert answers == expected * 20
+        runs.clear()
+
+
 def test_a_context_with_operators_in_a_session_does_not_close(case: Case) -> None:
     with case.open() as context:
         run = session(context, model("Linear", page=case.linear))

@@ -17,7 +17,7 @@ from native_case import EXPERTS, HIDDEN, SITES, TOP_K, Case, make_case, random_c
 from edgeml import native
 from edgeml.bundle import Bundle
 from edgeml.errors import BudgetError, BundleError, PageError, UsageError
-from edgeml.policy import Advise, EvictAll, Lease, PagerModel, Release, Use
+from edgeml.policy import HALVE_EVERY, Advise, EvictAll, Lease, PagerModel, Release, Use
 
 ALL = SITES * EXPERTS
 PAGES = [site * (EXPERTS + 1) + expert for site in range(SITES) for expert in range(EXPERTS)]
@@ -183,6 +183,19 @@ def drive(context: native.Context, model: PagerModel, event: tuple, request: nat
             model.handle(EvictAll())
             context.evict_all()
     return request
+
+
+def test_frequencies_are_halved_as_in_the_model(case: Case) -> None:
+    rng = np.random.default_rng(5)
+    model = PagerModel({page: page // (EXPERTS + 1) for page in PAGES}, SITES, 5)
+    x, weights = np.ones((1, HIDDEN), np.float32), np.ones((1, TOP_K), np.float32)
+    with case.open(slots=5) as context:
+        for _ in range(2 * HALVE_EVERY // TOP_K + 300):
+            site, experts = int(rng.integers(SITES)), rng.choice(EXPERTS, TOP_K, replace=False, p=np.arange(1, EXPERTS + 1) / 36)
+            model.handle(Use(site, tuple(site * (EXPERTS + 1) + int(expert) for expert in experts)))
+            context.experts(site, x, experts[None], weights)
+            assert set(context.stats()["resident"]) == model.resident, model.acquisitions
+        assert context.stats()["misses"] == model.misses
 
 
 def test_a_cycle_longer_than_the_slots_still_hits(case: Case) -> None:
