@@ -77,5 +77,5 @@ def test_the_python_in_the_readme_runs(place: Path, monkeypatch: pytest.MonkeyPa
 
 def test_make_targets_in_the_readme_exist() -> None:
     makefile = (ROOT / "Makefile").read_text("utf-8")
-    for target in set(re.findall(r"\bmake ([a-z][a-z-]*)", README)):
+    for target in set(re.findall(r"(?:`|^ {4})make ([a-z][a-z-]*)", README, re.M)):
         assert re.search(rf"^{target}:", makefile, re.M), target
