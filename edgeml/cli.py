@@ -25,7 +25,7 @@ COMMANDS = {
     "bench": ("edgeml.commands.bench", "Measure latency, page traffic and memory, a row for each setting."),
     "eval": ("edgeml.commands.eval", "Scores on labelled data, task by task, alone or against a reference."),
     "inspect": ("edgeml.commands.inspect", "What is inside a bundle: stages, sites, tasks, bytes, evidence."),
-    "run": ("edgeml.commands.run", "Answer texts with one task of a bundle."),
+    "run": ("edgeml.commands.run", "Answer texts or images with the tasks of a bundle."),
     "verify": ("edgeml.commands.verify", "Check every byte of a bundle, and that every graph loads."),
 }
 GROUP = "edgeml.commands"

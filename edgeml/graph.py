@@ -1,8 +1,9 @@
 """ONNX graphs of a bundle, run by onnxruntime: the only module that imports it.
 
-A stage's graph is loaded when a request first needs it, and its bytes are given back at once. Trunks get the session's
-threads, everything else one. Execution is sequential, so a custom operator runs on the thread that called `run` and finds
-its request there. No memory arena: one per graph would keep each graph's largest batch for ever, outside the budget.
+A stage's graph is loaded when a request first needs it, and its bytes are given back at once. Trunks and the stages of tasks on
+images get the session's threads, everything else one. Execution is sequential, so a custom operator runs on the thread that
+called `run` and finds its request there. No memory arena: one per graph would keep each graph's largest batch for ever, outside
+the budget.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from edgeml import native
 from edgeml.bundle import Bundle
 from edgeml.errors import BundleError, DeviceError, EdgemlError
-from edgeml.manifest import Manifest, Stage
+from edgeml.manifest import ImageStages, Manifest, Stage
 from edgeml.store import open_context
 
 __all__ = ["Graphs", "check_stages"]
@@ -46,7 +47,8 @@ class Graphs:
     def __init__(self, bundle: Bundle, manifest: Manifest, context: native.Context, threads: int) -> None:
         self._bundle, self._context = bundle, context
         self._stages: dict[str, Stage] = {stage.name: stage for stage in manifest.stages}
-        self._threads = {task.stages.trunk: threads for task in manifest.tasks}
+        busy = (task.stages.names if isinstance(task.stages, ImageStages) else (task.stages.trunk,) for task in manifest.tasks)
+        self._threads = {name: threads for names in busy for name in names}
         self._loaded: dict[str, _Graph] = {}
         self._lock = threading.Lock()
 
@@ -114,7 +116,7 @@ class Graphs:
     def _failure(self, what: str, error: Exception) -> EdgemlError:
         text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", " ".join(str(error).split()))
         if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
-            return DeviceError(f"{self._bundle.path}: {what}: not enough free memory; try shorter texts or a smaller budget")
+            return DeviceError(f"{self._bundle.path}: {what}: not enough free memory; try shorter texts, fewer images or a smaller budget")
         return BundleError(f"{self._bundle.path}: {what}: {text[:300] or type(error).__name__}")
 
 

@@ -141,9 +141,7 @@ def activate(kind: Activation, x: Floats) -> Floats:
     return x
 
 
-def pack_linear(
-    weights: Floats, bias: Floats | None, type: WeightType, rule: ScaleRule = largest
-) -> tuple[bytes, tuple[Matrix, ...]]:
+def pack_linear(weights: Floats, bias: Floats | None, type: WeightType, rule: ScaleRule = largest) -> tuple[bytes, tuple[Matrix, ...]]:
     """A linear page's bytes and descriptor; weights (R, K), bias (R,)."""
     return pack_expert([(weights, bias)], type, rule)
 

@@ -5,6 +5,7 @@
     make_mixture("toy.edgeml")                            # about 230 kB, two layers of 8 experts, answers in milliseconds
     make_mixture("toy.edgeml", seed=7, experts=4, gated=True, expert_type=WeightType.INT8)    # any field of `Recipe`
     make_mixture("big.edgeml", LARGE)                     # 256.5 MiB of routed experts, written in seconds in little memory
+    make_cnn("digits.edgeml")                             # networks for images: see `made_cnn`
 
 Equal arguments give equal bytes. Tasks: those of `Recipe.tasks` (by default `weather`: sun, rain, snow, fog; `mood`: good, bad;
 all of the domain `made`), and `vector`, a sentence embedding. Stages `embed`, `router_TASK`, `trunk` (with the outputs ids_0 ...
@@ -34,8 +35,9 @@ from edgeml.errors import UsageError
 from edgeml.graph_bytes import Attribute, Node, TensorType, graph
 from edgeml.kernels import pack_linear, pack_matrix, pack_rows
 from edgeml.layout import TILE_COLS, TILE_ROWS, Activation, Matrix, PageKind, WeightType, expert_layout
+from edgeml.made_cnn import make_cnn
 
-__all__ = ["LARGE", "TOY", "Recipe", "make_mixture", "tokenizer_json"]
+__all__ = ["LARGE", "TOY", "Recipe", "make_cnn", "make_mixture", "tokenizer_json"]
 
 Floats = NDArray[np.float32]
 OPSETS = {"": 17, "edgeml": 1}

@@ -6,41 +6,57 @@ Stages exchange tensors by fixed names (B batch, T tokens, S sites, E experts of
     ids, types (B, T) int64 -> embed -> hidden0 (B, T, d) f32 -> router -> bias (B, S, E) f32, minus infinity: not this expert
     hidden0, mask (B, T) f32, bias -> trunk -> hidden (B, T, d) f32, and optionally ids_0 .. ids_{S-1} (B, T, k) int64, the choices
     hidden, mask -> head -> scores (B, labels) f32, probabilities; or vector (B, n) f32
+
+and for tasks on images (C channels, H x W pixels, h x w pixels of a map, which may be coarser):
+
+    image (B, C, H, W) f32 -> backbone -> features, or features_0 .. features_7, any shapes
+    those, image -> head -> scores or vector; or map f32: (B, classes, h, w) probabilities of a segmentation, (B, 1, h, w) of an edge task
+
+A bundle may hold variants: other stages for the same image tasks, smaller or larger. The tasks' own stages are the first variant's.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from edgeml.bundle import Bundle, Page, PageKind
 from edgeml.errors import BundleError
+from edgeml.manifest_reader import Reader, is_number, unique
 
 __all__ = [
     "FORMAT",
     "ExpertRef",
+    "ImagePreprocess",
+    "ImageStages",
     "Manifest",
     "Preprocess",
     "Site",
     "Stage",
     "Task",
     "TaskStages",
+    "Variant",
     "load_manifest",
     "parse_manifest",
 ]
 
 FORMAT = 1
-NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-STAGE_INPUTS = frozenset({"ids", "types", "hidden0", "mask", "bias", "hidden"})
-STAGE_OUTPUT = re.compile(r"hidden0|bias|hidden|scores|vector|ids_(0|[1-9][0-9]{0,5})")
+STAGE_INPUTS = frozenset({"ids", "types", "hidden0", "mask", "bias", "hidden", "image", "features", *(f"features_{i}" for i in range(8))})
+STAGE_OUTPUT = re.compile(r"hidden0|bias|hidden|scores|vector|map|features(_[0-7])?|ids_(0|[1-9][0-9]{0,5})")
 MAX_TOKENS = 65536
+MAX_SIDE = 8192
+#: Kind of task -> (what its head answers, the metrics it may have). Class ids of a map are bytes.
+KINDS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "classification": ("scores", ("accuracy", "macro_f1")),
+    "embedding": ("vector", ("accuracy", "macro_f1")),
+    "segmentation": ("map", ("miou",)),
+    "edge": ("map", ("edge_f1",)),
+}
+EDGE_LABELS = ("no edge", "edge")
 REQUIRED = frozenset({"format", "producer", "stages", "sites", "tasks"})
 OPTIONAL = frozenset({"model", "usage", "variants", "evidence", "provenance"})
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -84,10 +100,28 @@ class TaskStages:
     trunk: str
     head: str
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """In the order they run."""
+        return tuple(name for name in (self.embed, self.router, self.trunk, self.head) if name is not None)
+
+
+@dataclass(frozen=True)
+class ImageStages:
+    """The stages a request of a task on images runs, by name; tasks with one backbone share its pass."""
+
+    backbone: str
+    head: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """In the order they run."""
+        return (self.backbone, self.head)
+
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How an input becomes tensors; `tokenizer` is a page, `max_tokens` where a text is cut."""
+    """How a text becomes tensors; `tokenizer` is a page, `max_tokens` where a text is cut."""
 
     kind: str
     tokenizer: int
@@ -95,8 +129,27 @@ class Preprocess:
 
 
 @dataclass(frozen=True)
+class ImagePreprocess:
+    """How an image becomes `image` (B, channels, height, width) f32: resized, divided by 255, less `mean`, divided by `std`.
+
+    `resize` "stretch": both sides are brought to the model's, whatever the aspect. `mean` and `std` have a number a channel.
+    """
+
+    kind: str
+    height: int
+    width: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: str
+
+
+@dataclass(frozen=True)
 class Task:
-    """A task the bundle answers. `chance` is the metric's value for always naming the commonest label, in [0, 1]."""
+    """A task the bundle answers. `chance` is the metric's value for always naming the commonest label, in [0, 1].
+
+    `void` is the label of pixels that are not scored: the last of a segmentation's labels, or the one after an edge task's two.
+    """
 
     name: str
     domain: str
@@ -105,8 +158,39 @@ class Task:
     labels: tuple[str, ...]
     metric: str | None
     chance: float | None
-    stages: TaskStages
-    preprocess: Preprocess
+    stages: TaskStages | ImageStages
+    preprocess: Preprocess | ImagePreprocess
+    void: int | None = None
+
+    @property
+    def dense(self) -> bool:
+        """Whether the answer is a map: a class or a probability a pixel."""
+        return KINDS[self.kind][0] == "map"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Stages for all of a bundle's image tasks, and what was recorded of them at export.
+
+    `bytes` of its graphs; `bound` is the loss ratio it was pruned to, None where it was not; `latency_s` the median of one image
+    with all tasks on `latency_cpu`, None where it was not measured; `scores` by task on the validation split, all tasks or none.
+    """
+
+    name: str
+    stages: Mapping[str, ImageStages]
+    bytes: int
+    macs: int
+    parameters: int
+    bound: float | None
+    quantized: bool
+    latency_s: float | None
+    latency_cpu: str | None
+    scores: Mapping[str, float]
+
+    @property
+    def score(self) -> float | None:
+        """The mean score over its tasks, None where it was not measured."""
+        return sum(self.scores.values()) / len(self.scores) if self.scores else None
 
 
 @dataclass(frozen=True)
@@ -119,7 +203,7 @@ class Manifest:
     sites: tuple[Site, ...]
     tasks: tuple[Task, ...]
     usage: Mapping[str, tuple[tuple[float, ...], ...]]
-    variants: tuple[Mapping[str, Any], ...]
+    variants: tuple[Variant, ...]
     evidence: Mapping[str, Any]
     provenance: Mapping[str, Any]
 
@@ -134,7 +218,7 @@ def load_manifest(bundle: Bundle) -> Manifest:
 
 def parse_manifest(document: Mapping[str, Any], pages: Sequence[Page]) -> Manifest:
     """Check a decoded manifest against the pages it speaks of. Raises `BundleError` naming the place, such as `tasks[2].chance`."""
-    root = _Reader(document, "manifest")
+    root = Reader(document, "manifest")
     unknown = sorted(set(document) - REQUIRED - OPTIONAL)
     if unknown:
         raise root.error(f"unknown key '{unknown[0]}'")
@@ -143,15 +227,17 @@ def parse_manifest(document: Mapping[str, Any], pages: Sequence[Page]) -> Manife
         raise root.error(f"format {version}, and this edgeml reads {FORMAT}; install a newer edgeml-runtime")
     producer = root.mapping("producer")
     for key in ("name", "version"):
-        _Reader(producer, "manifest.producer").string(key)
+        Reader(producer, "manifest.producer").string(key)
     stages = tuple(_stage(item, pages) for item in root.items("stages"))
     sites = tuple(_site(item, pages) for item in root.items("sites"))
     tasks = tuple(_task(item, pages) for item in root.items("tasks"))
-    for kind, named in (("stages", stages), ("sites", sites), ("tasks", tasks)):
-        _unique([item.name for item in named], f"manifest.{kind}")
+    variants = tuple(_variant(item) for item in root.items("variants", optional=True))
+    for kind, named in (("stages", stages), ("sites", sites), ("tasks", tasks), ("variants", variants)):
+        unique([item.name for item in named], f"manifest.{kind}")
     _check_outputs(stages, len(sites))
     _check_routed_pages(sites)
     _check_tasks(stages, tasks)
+    _check_variants(variants, stages, tasks, pages)
     return Manifest(
         producer=producer,
         model=root.mapping("model", optional=True),
@@ -159,96 +245,13 @@ def parse_manifest(document: Mapping[str, Any], pages: Sequence[Page]) -> Manife
         sites=sites,
         tasks=tasks,
         usage=_usage(root.mapping("usage", optional=True), sites, tasks),
-        variants=tuple(item.document for item in root.items("variants", optional=True)),
+        variants=variants,
         evidence=root.mapping("evidence", optional=True),
         provenance=root.mapping("provenance", optional=True),
     )
 
 
-class _Reader:
-    """One JSON object and the place it has in the manifest; every accessor checks the type and names the place."""
-
-    def __init__(self, document: Any, where: str) -> None:
-        self.where = where
-        if not isinstance(document, Mapping):
-            raise self.error("expected an object")
-        self.document: Mapping[str, Any] = document
-
-    def error(self, problem: str) -> BundleError:
-        return BundleError(f"{self.where}: {problem}")
-
-    def value(self, key: str) -> Any:
-        if key not in self.document:
-            raise self.error(f"the key '{key}' is missing")
-        return self.document[key]
-
-    def integer(self, key: str, low: int, high: int) -> int:
-        value = self.value(key)
-        if type(value) is not int or not low <= value <= high:
-            raise self.error(f"'{key}' must be an integer from {low} to {high}, not {value!r:.40}")
-        return value
-
-    def string(self, key: str) -> str:
-        value = self.value(key)
-        if not isinstance(value, str):
-            raise self.error(f"'{key}' must be a string")
-        return value
-
-    def name(self, key: str) -> str:
-        value = self.string(key)
-        if not NAME.fullmatch(value):
-            raise self.error(f"'{key}' must have 1 to 64 letters, digits, dots, dashes or underscores, not {value!r:.80}")
-        return value
-
-    def choice(self, key: str, *choices: str) -> str:
-        value = self.value(key)
-        if value not in choices:
-            raise self.error(f"'{key}' must be one of {', '.join(choices)}, not {value!r:.40}")
-        return str(value)
-
-    def boolean(self, key: str) -> bool:
-        value = self.value(key)
-        if not isinstance(value, bool):
-            raise self.error(f"'{key}' must be true or false")
-        return value
-
-    def array(self, key: str) -> list[Any]:
-        value = self.value(key)
-        if not isinstance(value, list):
-            raise self.error(f"'{key}' must be a list")
-        return value
-
-    def strings(self, key: str) -> tuple[str, ...]:
-        values = self.array(key)
-        if not all(isinstance(value, str) for value in values):
-            raise self.error(f"'{key}' must be a list of strings")
-        _unique(values, f"{self.where}.{key}")
-        return tuple(values)
-
-    def items(self, key: str, optional: bool = False) -> list[_Reader]:
-        if optional and key not in self.document:
-            return []
-        return [_Reader(item, f"{self.where}.{key}[{number}]") for number, item in enumerate(self.array(key))]
-
-    def mapping(self, key: str, optional: bool = False) -> Mapping[str, Any]:
-        if optional and key not in self.document:
-            return {}
-        return self.child(key).document
-
-    def child(self, key: str) -> _Reader:
-        return _Reader(self.value(key), f"{self.where}.{key}")
-
-    def page(self, key: str, kind: PageKind, pages: Sequence[Page]) -> int:
-        number = self.integer(key, 0, (1 << 31) - 1)
-        if number >= len(pages) or pages[number].kind != kind:
-            raise self.error(f"'{key}' names page {number}, which is no {kind.name.lower()} page of this bundle")
-        return number
-
-    def nullable(self, key: str, read: Callable[[str], T]) -> T | None:
-        return None if self.value(key) is None else read(key)
-
-
-def _stage(item: _Reader, pages: Sequence[Page]) -> Stage:
+def _stage(item: Reader, pages: Sequence[Page]) -> Stage:
     stage = Stage(item.name("name"), item.page("page", PageKind.ONNX, pages), item.strings("inputs"), item.strings("outputs"))
     for name in stage.inputs:
         if name not in STAGE_INPUTS:
@@ -261,7 +264,7 @@ def _stage(item: _Reader, pages: Sequence[Page]) -> Stage:
     return stage
 
 
-def _site(item: _Reader, pages: Sequence[Page]) -> Site:
+def _site(item: Reader, pages: Sequence[Page]) -> Site:
     hidden = item.integer("hidden", 1, 1 << 24)
     site = Site(
         name=item.name("name"),
@@ -278,7 +281,7 @@ def _site(item: _Reader, pages: Sequence[Page]) -> Site:
     return site
 
 
-def _experts(item: _Reader, key: str, hidden: int, pages: Sequence[Page]) -> tuple[ExpertRef, ...]:
+def _experts(item: Reader, key: str, hidden: int, pages: Sequence[Page]) -> tuple[ExpertRef, ...]:
     refs: list[ExpertRef] = []
     for number, pair in enumerate(item.array(key)):
         where = f"{key}[{number}]"
@@ -298,35 +301,99 @@ def _experts(item: _Reader, key: str, hidden: int, pages: Sequence[Page]) -> tup
     return tuple(refs)
 
 
-def _task(item: _Reader, pages: Sequence[Page]) -> Task:
-    kind = item.choice("kind", "classification", "embedding")
-    labels = item.strings("labels")
-    if (kind == "classification") != bool(labels):
-        raise item.error("a classification task has labels, an embedding task has none")
-    stages, preprocess = item.child("stages"), item.child("preprocess")
-    chance = item.nullable("chance", item.value)
-    if chance is not None and (not _is_number(chance) or not 0 <= chance <= 1):
-        raise item.error(f"'chance' must be null or a number from 0 to 1, not {chance!r:.40}")
-    return Task(
+def _task(item: Reader, pages: Sequence[Page]) -> Task:
+    kind = item.choice("kind", *KINDS)
+    chance = item.nullable("chance", lambda key: item.number(key, 0, 1))
+    preprocess = _preprocess(item.child("preprocess"), pages)
+    on_images = isinstance(preprocess, ImagePreprocess)
+    task = Task(
         name=item.name("name"),
         domain=item.name("domain"),
         kind=kind,
-        pair=item.boolean("pair"),
-        labels=labels,
-        metric=item.nullable("metric", lambda key: item.choice(key, "accuracy", "macro_f1")),
-        chance=None if chance is None else float(chance),
-        stages=TaskStages(
-            stages.string("embed"),
-            stages.nullable("router", stages.string),
-            stages.string("trunk"),
-            stages.string("head"),
-        ),
-        preprocess=Preprocess(
-            preprocess.choice("kind", "text"),
-            preprocess.page("tokenizer", PageKind.TOKENIZER, pages),
-            preprocess.integer("max_tokens", 1, MAX_TOKENS),
-        ),
+        pair=item.boolean("pair") if "pair" in item.document or not on_images else False,
+        labels=item.strings("labels"),
+        metric=item.nullable("metric", lambda key: item.choice(key, *KINDS[kind][1])),
+        chance=chance,
+        stages=_task_stages(item.child("stages"), on_images),
+        preprocess=preprocess,
+        void=item.nullable("void", lambda key: item.integer(key, 0, 255)) if "void" in item.document else None,
     )
+    if (kind == "embedding") != (not task.labels):
+        raise item.error(f"a {kind} task has labels, an embedding task has none")
+    if on_images and task.pair:
+        raise item.error("'pair' is for texts; a task on images takes one at a time")
+    if task.dense or task.void is not None:
+        _check_dense(item, task, on_images)
+    return task
+
+
+def _preprocess(item: Reader, pages: Sequence[Page]) -> Preprocess | ImagePreprocess:
+    if item.choice("kind", "text", "image") == "text":
+        return Preprocess("text", item.page("tokenizer", PageKind.TOKENIZER, pages), item.integer("max_tokens", 1, MAX_TOKENS))
+    channels = item.integer("channels", 1, 3)
+    if channels == 2:
+        raise item.error("'channels' must be 1 (grey) or 3 (red, green, blue)")
+    preprocess = ImagePreprocess(
+        kind="image",
+        height=item.integer("height", 1, MAX_SIDE),
+        width=item.integer("width", 1, MAX_SIDE),
+        channels=channels,
+        mean=item.numbers("mean", channels),
+        std=item.numbers("std", channels),
+        resize=item.choice("resize", "stretch"),
+    )
+    if not all(1e-6 <= value <= 1e6 for value in preprocess.std) or not all(abs(value) <= 1e6 for value in preprocess.mean):
+        raise item.error("'std' must lie from 1e-6 to 1e6, and 'mean' within a million of zero")
+    return preprocess
+
+
+def _task_stages(item: Reader, on_images: bool) -> TaskStages | ImageStages:
+    wanted = ("backbone", "head") if on_images else ("embed", "router", "trunk", "head")
+    other = sorted(set(item.document) - set(wanted))
+    if other:
+        raise item.error(f"unknown key {other[0]!r:.80}; a task on {'images' if on_images else 'texts'} has {', '.join(wanted)}")
+    if on_images:
+        return ImageStages(item.string("backbone"), item.string("head"))
+    return TaskStages(item.string("embed"), item.nullable("router", item.string), item.string("trunk"), item.string("head"))
+
+
+def _check_dense(item: Reader, task: Task, on_images: bool) -> None:
+    """Maps come from images; their labels are bytes, and void is the last of them."""
+    if not task.dense or not on_images:
+        raise item.error(f"a {task.kind} task cannot have 'void'" if not task.dense else f"a {task.kind} task needs images as inputs")
+    if task.kind == "edge":
+        if task.labels != EDGE_LABELS:
+            raise item.error(f"the labels of an edge task are {', '.join(EDGE_LABELS)}")
+        last = len(task.labels)
+    else:
+        if not 2 <= len(task.labels) <= 256:
+            raise item.error(f"a segmentation has from 2 to 256 labels, not {len(task.labels)}")
+        last = len(task.labels) - 1
+    if task.void not in (None, last):
+        raise item.error(f"'void' must be null or {last}, not {task.void}")
+
+
+def _variant(item: Reader) -> Variant:
+    latency = item.nullable("latency_s", item.child)
+    stages, scores = item.child("stages"), item.child("scores")
+    return Variant(
+        name=item.name("name"),
+        stages={name: _as_image_stages(stages.child(name)) for name in stages.document},
+        bytes=item.integer("bytes", 0, 1 << 46),
+        macs=item.integer("macs", 0, 1 << 53),
+        parameters=item.integer("parameters", 0, 1 << 53),
+        bound=item.nullable("bound", lambda key: item.number(key, 1)),
+        quantized=item.boolean("quantized"),
+        latency_s=None if latency is None else latency.number("p50", 0),
+        latency_cpu=None if latency is None else latency.nullable("cpu", latency.string),
+        scores={name: scores.number(name, 0, 1) for name in scores.document},
+    )
+
+
+def _as_image_stages(item: Reader) -> ImageStages:
+    stages = _task_stages(item, on_images=True)
+    assert isinstance(stages, ImageStages)
+    return stages
 
 
 def _check_outputs(stages: Sequence[Stage], sites: int) -> None:
@@ -348,15 +415,48 @@ def _check_routed_pages(sites: Sequence[Site]) -> None:
 def _check_tasks(stages: Sequence[Stage], tasks: Sequence[Task]) -> None:
     by_name = {stage.name: stage for stage in stages}
     for task in tasks:
-        answer = "scores" if task.kind == "classification" else "vector"
-        roles = [("embed", task.stages.embed, "hidden0"), ("trunk", task.stages.trunk, "hidden"), ("head", task.stages.head, answer)]
-        if task.stages.router is not None:
-            roles.append(("router", task.stages.router, "bias"))
-        for role, name, output in roles:
-            if name not in by_name:
-                raise BundleError(f"manifest: task '{task.name}' has the {role} stage {name!r:.80}, which does not exist")
-            if output not in by_name[name].outputs:
-                raise BundleError(f"manifest: task '{task.name}': its {role} stage '{name}' has no output '{output}'")
+        _check_stages(f"manifest: task '{task.name}'", task.kind, task.stages, by_name)
+
+
+def _check_stages(where: str, kind: str, stages: TaskStages | ImageStages, by_name: Mapping[str, Stage]) -> None:
+    roles: list[tuple[str, str, str | None]] = [("head", stages.head, KINDS[kind][0])]
+    if isinstance(stages, ImageStages):
+        roles.append(("backbone", stages.backbone, None))
+    else:
+        roles += [("embed", stages.embed, "hidden0"), ("trunk", stages.trunk, "hidden")]
+        roles += [("router", stages.router, "bias")] if stages.router is not None else []
+    for role, name, output in roles:
+        if name not in by_name:
+            raise BundleError(f"{where} has the {role} stage {name!r:.80}, which does not exist")
+        if output is not None and output not in by_name[name].outputs:
+            raise BundleError(f"{where}: its {role} stage '{name}' has no output '{output}'")
+    if isinstance(stages, ImageStages):
+        backbone, head = by_name[stages.backbone], by_name[stages.head]
+        for stage, known in ((backbone, {"image"}), (head, {"image", *backbone.outputs})):
+            unmade = sorted(set(stage.inputs) - known)
+            if unmade:
+                raise BundleError(f"{where}: its stage '{stage.name}' reads '{unmade[0]}', which no stage before it makes")
+
+
+def _check_variants(variants: Sequence[Variant], stages: Sequence[Stage], tasks: Sequence[Task], pages: Sequence[Page]) -> None:
+    """Each variant answers every task on images, and no other; what can be checked of its figures is."""
+    by_name = {stage.name: stage for stage in stages}
+    on_images = {task.name: task for task in tasks if isinstance(task.stages, ImageStages)}
+    if variants and not on_images:
+        raise BundleError("manifest: there are variants, but no task on images to have them for")
+    for number, variant in enumerate(variants):
+        where = f"manifest: variant '{variant.name}'"
+        for names, what in ((set(variant.stages), "stages"), (set(variant.scores), "scores")):
+            odd = sorted(names ^ set(on_images))
+            if odd and (names or what == "stages"):
+                raise BundleError(f"{where}: its {what} are not for the tasks on images; {odd[0]!r:.80} is in only one of the two")
+        for name, chosen in variant.stages.items():
+            _check_stages(f"{where}: task '{name}'", on_images[name].kind, chosen, by_name)
+            if number == 0 and chosen != on_images[name].stages:
+                raise BundleError(f"{where}: the first variant's stages must be those of task '{name}' itself")
+        used = {by_name[name].page for chosen in variant.stages.values() for name in chosen.names}
+        if variant.bytes != sum(pages[page].length for page in used):
+            raise BundleError(f"{where}: 'bytes' is {variant.bytes}, but its graphs have {sum(pages[page].length for page in used)}")
 
 
 def _usage(document: Mapping[str, Any], sites: Sequence[Site], tasks: Sequence[Task]) -> dict[str, tuple[tuple[float, ...], ...]]:
@@ -375,20 +475,8 @@ def _usage(document: Mapping[str, Any], sites: Sequence[Site], tasks: Sequence[T
 def _importance(row: Any, site: Site, where: str) -> tuple[float, ...]:
     if not isinstance(row, list) or len(row) != len(site.experts):
         raise BundleError(f"{where}: site '{site.name}' needs {len(site.experts)} numbers, one for each routed expert")
-    if not all(_is_number(value) and value >= 0 for value in row):
+    if not all(is_number(value) and value >= 0 for value in row):
         raise BundleError(f"{where}: site '{site.name}' has a value that is no number from 0 upwards")
     if abs(sum(row) - 1) > 0.01:
         raise BundleError(f"{where}: site '{site.name}' sums to {sum(row):.4g} instead of 1")
     return tuple(float(value) for value in row)
-
-
-def _is_number(value: Any) -> bool:
-    return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < 1 << 53)
-
-
-def _unique(names: Sequence[str], where: str) -> None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise BundleError(f"{where}: {name!r:.80} occurs twice")
-        seen.add(name)

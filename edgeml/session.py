@@ -6,8 +6,9 @@
 A session may be used from several threads. Under residency "exact" the answer does not depend on the budget; under
 "masked" the router may only choose experts of the task's resident set, which is pinned while the request runs.
 
-A call becomes batches: its rows are tokenized in windows, ordered by length, and cut where a batch would hold too many rows
-or tokens, so that little is padding and memory stays bounded. Each batch is one native request with its own counters.
+A call on texts becomes batches: its rows are tokenized in windows, ordered by length, and cut where a batch would hold too many
+rows or tokens, so that little is padding and memory stays bounded. Each batch is one native request with its own counters.
+How images become batches stands in `image_requests`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -26,13 +26,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 import edgeml
+from edgeml import native
 from edgeml.bundle import Bundle
 from edgeml.errors import BudgetError, BundleError, DataError, UsageError
 from edgeml.graph import Graphs
-from edgeml.manifest import Manifest, Task
+from edgeml.image import ImageInput
+from edgeml.image_requests import run_images
+from edgeml.manifest import ImageStages, Manifest, Preprocess, Task, TaskStages, load_manifest
 from edgeml.preprocess import TextBatch, TextPreprocessor
+from edgeml.result import Counters, Result, checked_answer
 from edgeml.router import ResidentSet, mask_of, resident_set, usage_of
 from edgeml.store import REQUESTS, naming, open_context, resolve_threads
+from edgeml.variants import Wish, choose_variant, with_variant
 
 __all__ = ["RESIDENCIES", "Counters", "Result", "Session", "find_task", "open"]
 
@@ -40,43 +45,16 @@ RESIDENCIES = ("exact", "masked")
 WINDOW_ROWS = 512
 BATCH_ROWS = 32
 BATCH_TOKENS = 1024
+NO_WISH = Wish()
 
 Floats = NDArray[np.float32]
-
-
-@dataclass
-class Counters:
-    """What one call cost: `hits` and `misses` in pages, `page_in_bytes`, `page_wait_s` spent waiting, `tokens` without padding."""
-
-    hits: int = 0
-    misses: int = 0
-    page_in_bytes: int = 0
-    page_wait_s: float = 0.0
-    tokens: int = 0
-
-
-@dataclass
-class Result:
-    """Answers in input order: `labels` and `scores` (n, classes) of a classification, `vectors` (n, d) of an embedding task.
-
-    `truncated[i]`: input i was longer than the model reads and was cut. `row_s[i]`: its share of its batch's time, in seconds;
-    `latency_s`: the whole call.
-    """
-
-    task: str
-    labels: list[str] = field(default_factory=list)
-    scores: Floats | None = None
-    vectors: Floats | None = None
-    truncated: list[bool] = field(default_factory=list)
-    row_s: list[float] = field(default_factory=list)
-    latency_s: float = 0.0
-    counters: Counters = field(default_factory=Counters)
 
 
 class Session:
     """One open bundle with its budget; use `edgeml.open`, and `close` it or use it as a context manager.
 
-    `notes` are sentences a user should see, such as that the budget is small; `budget` what was resolved from `memory`.
+    `notes` are sentences a user should see, such as that the budget is small; `budget` what was resolved from `memory`; `variant`
+    the one in use, None where the bundle has none.
     """
 
     def __init__(
@@ -86,19 +64,23 @@ class Session:
         threads: int | None = None,
         residency: str = "exact",
         isa: str | None = None,
+        wish: Wish = NO_WISH,
     ) -> None:
         if residency not in RESIDENCIES:
             raise UsageError(f"residency must be one of {', '.join(RESIDENCIES)}, not '{residency}'")
         self.residency = residency
         self.bundle = Bundle.open(path)
         try:
-            self._context, self.manifest, self.budget = open_context(self.bundle, memory, threads, isa)
+            manifest = load_manifest(self.bundle)
+            self.variant = choose_variant(manifest, wish, str(self.bundle.path))
+            self.manifest = with_variant(manifest, self.variant)
+            self._context, _, self.budget = open_context(self.bundle, memory, threads, isa)
         except BaseException:
             self.bundle.close()
             raise
         opened = self._context.stats()
         self.threads, self.backend, self.direct_reads = resolve_threads(threads), str(opened["isa"]), bool(opened["direct"])
-        self.notes = self.budget.notes(residency)
+        self.notes = self.budget.notes(residency) + self._variant_notes(wish)
         self._graphs = Graphs(self.bundle, self.manifest, self._context, self.threads)
         self._preprocessors: dict[tuple[int, int], TextPreprocessor] = {}
         self._sets: dict[str, ResidentSet] = {}
@@ -119,15 +101,21 @@ class Session:
         texts: Sequence[str] | None = None,
         pairs: Sequence[tuple[str, str]] | None = None,
         arrays: Mapping[str, NDArray[Any]] | None = None,
+        images: Sequence[ImageInput] | None = None,
         resident: ResidentSet | None = None,
     ) -> Result:
-        """Answer one text, several texts, several (text, text_pair), or token ids.
+        """Answer one text, several texts, several (text, text_pair), token ids; or, for a task on images, several images.
 
-        `arrays` holds `ids` (n, T) int64, and if wanted `types` (n, T) int64 and `mask` (n, T) float32, 0 or 1. `resident` is used in
-        place of the task's own set. Raises `UsageError` for what does not fit the task, `DataError` for a bad text, `PageError`
-        when a page could not be read; other calls are not touched by it.
+        An image is an array, uint8 (H, W) or (H, W, 3), or the path of a PNG or JPEG: see `image`. `arrays` holds `ids` (n, T) int64,
+        and if wanted `types` (n, T) int64 and `mask` (n, T) float32, 0 or 1. `resident` is used in place of the task's own set.
+        Raises `UsageError` for what does not fit the task, `DataError` for a bad text or image, `PageError` when a page could not
+        be read; other calls are not touched by it.
         """
         chosen = self.task(task)
+        if isinstance(chosen.stages, ImageStages) or images is not None:
+            if (text, texts, pairs, arrays, resident) != (None,) * 5:
+                raise UsageError(f"task '{chosen.name}' takes {_wanted(chosen)}, and nothing beside them")
+            return self.run_many([task], images)[task]
         windows = self._windows(chosen, text, texts, pairs, arrays)
         with self._call():
             started = time.perf_counter()
@@ -143,25 +131,36 @@ class Session:
                 result.row_s += [share + encode_s for share in row_s]
                 tick = time.perf_counter()
             result.latency_s = time.perf_counter() - started
-        answers = np.concatenate(values[1:] or values)
-        if chosen.kind == "embedding":
-            result.vectors = answers
-        else:
-            result.scores = answers
-            result.labels = [chosen.labels[index] for index in answers.argmax(-1)]
+        result.fill(chosen, np.concatenate(values[1:] or values))
         return result
+
+    def run_many(self, tasks: Sequence[str], images: Sequence[ImageInput] | None) -> dict[str, Result]:
+        """Answer several tasks on the same images with one pass of the backbone that they share, and no head besides theirs.
+
+        Raises `UsageError` for a task that takes texts, otherwise as `run`.
+        """
+        chosen = [self.task(name) for name in dict.fromkeys([tasks] if isinstance(tasks, str) else tasks)]
+        for task in chosen:
+            if not isinstance(task.stages, ImageStages):
+                raise UsageError(f"task '{task.name}' takes {_wanted(task)}")
+        if images is None or isinstance(images, str | os.PathLike | np.ndarray):
+            raise UsageError("images is a list of uint8 arrays or paths, even for one image")
+        with self._call():
+            return run_images(self._graphs, self._image_request, chosen, images, str(self.bundle.path))
 
     def load(self, task: str) -> None:
         """Load a task's tokenizer and graphs now rather than with its first request."""
         chosen = self.task(task)
         with self._call():
-            self.preprocessor(chosen)
-            for name in (chosen.stages.embed, chosen.stages.router, chosen.stages.trunk, chosen.stages.head):
-                if name is not None:
-                    self._graphs.load(name)
+            if isinstance(chosen.stages, TaskStages):
+                self.preprocessor(chosen)
+            for name in chosen.stages.names:
+                self._graphs.load(name)
 
     def preprocessor(self, task: Task) -> TextPreprocessor:
-        """The task's tokenizer, loaded when first asked for."""
+        """The tokenizer of a task on texts, loaded when first asked for. Raises `UsageError` for another task."""
+        if not isinstance(task.preprocess, Preprocess):
+            raise UsageError(f"task '{task.name}' takes {_wanted(task)}, which need no tokenizer")
         key = (task.preprocess.tokenizer, task.preprocess.max_tokens)
         with self._lock:
             if key not in self._preprocessors:
@@ -181,6 +180,7 @@ class Session:
             "tool_version": edgeml.__version__,
             "bundle": self.bundle.path.name,
             "bundle_id": self.bundle.id,
+            "variant": None if self.variant is None else self.variant.name,
             "backend": self.backend,
             "threads": self.threads,
             "memory": self.budget.asked,
@@ -192,6 +192,7 @@ class Session:
             "pageable_pages": self.budget.pageable_pages,
             "residency": self.residency,
             "direct_reads": self.direct_reads,
+            "graph_bytes": self._graph_bytes(),
         }
 
     def stats(self) -> dict[str, Any]:
@@ -220,6 +221,22 @@ class Session:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def _graph_bytes(self) -> int:
+        """Bytes of the graphs that the tasks run, as stored: onnxruntime holds them, outside the budget."""
+        used = {name for task in self.manifest.tasks for name in task.stages.names}
+        return sum(self.bundle.pages[page].length for page in {stage.page for stage in self.manifest.stages if stage.name in used})
+
+    def _variant_notes(self, wish: Wish) -> list[str]:
+        if self.variant is None or self.variant.latency_s is None or wish.max_latency is None:
+            return []
+        recorded = f"{self.variant.latency_s * 1e3:.3g} ms, recorded on {self.variant.latency_cpu or 'an unnamed processor'}"
+        return [f"variant '{self.variant.name}' was chosen by its {recorded}; measure it here with bench"]
+
+    @contextmanager
+    def _image_request(self) -> Iterator[native.Request]:
+        with self._turns, self._context.request() as request:
+            yield request
 
     @contextmanager
     def _call(self) -> Iterator[None]:
@@ -289,6 +306,7 @@ class Session:
     def _run_batch(self, task: Task, batch: TextBatch, resident: ResidentSet | None, counters: Counters) -> Floats:
         tensors: dict[str, NDArray[Any]] = {"ids": batch.ids, "types": batch.types, "mask": batch.mask}
         stages = task.stages
+        assert isinstance(stages, TaskStages)
         with self._turns, self._context.request() as request:
             if resident is not None:
                 with naming(self.bundle):
@@ -302,12 +320,8 @@ class Session:
                 tensors["bias"] = self._masked(task, tensors["bias"], resident)
             tensors |= self._graphs.run(stages.trunk, tensors, request)
             tensors |= self._graphs.run(stages.head, tensors, request)
-        counters.hits += request.hits
-        counters.misses += request.misses
-        counters.page_in_bytes += request.page_in_bytes
-        counters.page_wait_s += request.page_wait_ns / 1e9
-        counters.tokens += int(batch.mask.sum())
-        return self._checked_answer(task, tensors, len(batch.ids))
+        counters.add(request, int(batch.mask.sum()))
+        return checked_answer(task, tensors, len(batch.ids), str(self.bundle.path))
 
     def _masked(self, task: Task, bias: NDArray[Any], resident: ResidentSet) -> Floats:
         if bias.dtype != np.float32 or bias.shape[1:] != resident.mask.shape:
@@ -316,16 +330,6 @@ class Session:
         masked: Floats = bias + resident.mask
         return masked
 
-    def _checked_answer(self, task: Task, tensors: Mapping[str, NDArray[Any]], rows: int) -> Floats:
-        """A graph is data from outside: what it answers is checked before it is trusted."""
-        answer = tensors["vector" if task.kind == "embedding" else "scores"]
-        fits = answer.dtype == np.float32 and answer.ndim == 2 and len(answer) == rows
-        if not fits or (task.labels and answer.shape[1] != len(task.labels)):
-            raise BundleError(f"{self.bundle.path}: the head of task '{task.name}' answers {answer.dtype} {answer.shape} to {rows} rows")
-        if not np.isfinite(answer).all():
-            raise BundleError(f"{self.bundle.path}: task '{task.name}' answers with numbers that are not finite; its weights are faulty")
-        return answer
-
 
 def open(
     path: str | os.PathLike[str],
@@ -333,13 +337,21 @@ def open(
     threads: int | None = None,
     residency: str = "exact",
     isa: str | None = None,
+    *,
+    variant: str | None = None,
+    max_latency: float | str | None = None,
+    max_bytes: int | str | None = None,
+    min_score: float | None = None,
 ) -> Session:
     """Open a bundle. `memory`: bytes, "64MiB", "50%" or "auto"; `threads` to compute with; `residency`: "exact" or "masked".
 
     None for `memory` is EDGEML_MEMORY or "auto": everything where it fits; for `threads` EDGEML_THREADS or all processors allowed.
-    Raises `BundleError` for a bad file, `BudgetError` below the floor, `DeviceError` when reading fails.
+    Of a bundle with variants, `variant` names one; or limits pick it by what its export recorded: `max_latency` in seconds or as
+    "20ms", `max_bytes` or "2MiB" for its graphs, `min_score` the mean over its tasks (`variants` has the rule).
+    Raises `BundleError` for a bad file, `BudgetError` below the floor, `UsageError` listing the variants when none keeps to the
+    limits, `DeviceError` when reading fails.
     """
-    return Session(path, memory, threads, residency, isa)
+    return Session(path, memory, threads, residency, isa, Wish(variant, max_latency, max_bytes, min_score))
 
 
 def find_task(manifest: Manifest, name: str, where: str) -> Task:
@@ -353,6 +365,10 @@ def find_task(manifest: Manifest, name: str, where: str) -> Task:
     listed = closest + [other for other in sorted(names) if other not in closest]
     more = f" and {len(listed) - 20} more" if len(listed) > 20 else ""
     raise UsageError(f"{where} has no task {name!r:.80}; it has {', '.join(listed[:20])}{more}")
+
+
+def _wanted(task: Task) -> str:
+    return "images" if isinstance(task.stages, ImageStages) else "texts, not images"
 
 
 def _batches(window: TextBatch) -> Iterator[tuple[NDArray[np.intp], TextBatch]]:

@@ -15,12 +15,13 @@ LAYERS: list[set[str]] = [
     {"errors"},
     {"graph_bytes", "native", "sizes", "strict_json"},
     {"layout"},
-    {"bundle_writer"},
-    {"bundle", "data", "policy", "metrics"},
+    {"bundle_writer", "manifest_reader"},
+    {"bundle", "data", "image_data", "made_cnn", "policy", "metrics"},
     {"kernels", "manifest"},
-    {"made", "preprocess", "router"},
+    {"image", "made", "preprocess", "result", "router", "variants"},
     {"store"},
     {"graph"},
+    {"image_requests"},
     {"session"},
     {"evaluate", "measure", "report"},
     {"commands"},
@@ -29,7 +30,13 @@ LAYERS: list[set[str]] = [
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 
 #: The only modules that may import these.
-ONLY_IN = {"onnxruntime": {"graph"}, "click": {"cli", "commands"}, "edgeml._native": {"native"}, "tokenizers": {"preprocess"}}
+ONLY_IN = {
+    "onnxruntime": {"graph"},
+    "click": {"cli", "commands"},
+    "edgeml._native": {"native"},
+    "tokenizers": {"preprocess"},
+    "PIL": {"image"},
+}
 NEVER_IN_RUNTIME = {"torch", "onnx", "edgeml_export", "edgeml_devices", "safetensors"}
 EXPORT_MAY = {
     "errors",
@@ -38,6 +45,8 @@ EXPORT_MAY = {
     "bundle",
     "bundle_writer",
     "data",
+    "image",
+    "image_data",
     "manifest",
     "kernels",
     "metrics",

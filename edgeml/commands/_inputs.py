@@ -1,4 +1,4 @@
-"""Texts that commands read: from options, from a file of JSON lines, or from standard input."""
+"""Inputs that commands read: texts from options, a file of JSON lines or standard input; and which tasks answer them or images."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import IO
 
 from edgeml.data import LINE_LIMIT, Row, parse_row
 from edgeml.errors import DataError, UsageError
-from edgeml.manifest import Manifest, Task
+from edgeml.manifest import ImageStages, Manifest, Task
 from edgeml.preprocess import check_text
 from edgeml.session import find_task
 
-__all__ = ["choose_task", "given_rows", "read_rows"]
+__all__ = ["choose_task", "choose_tasks", "given_rows", "on_images", "read_rows"]
 
 
 def choose_task(manifest: Manifest, name: str | None, where: str) -> Task:
@@ -26,6 +26,29 @@ def choose_task(manifest: Manifest, name: str | None, where: str) -> Task:
         return manifest.tasks[0]
     names = sorted(task.name for task in manifest.tasks)
     raise UsageError(f"{where} answers {len(names)} tasks, choose one with --task" + (f": {', '.join(names)}" if names else ""))
+
+
+def choose_tasks(manifest: Manifest, names: str | None, where: str, images: bool) -> list[Task]:
+    """The tasks of a request: one; or, on images, those of a list such as `digit,garment`, by default all, for one backbone pass.
+
+    `images` says that images were given. Raises `UsageError` for tasks that take texts beside others, or with images.
+    """
+    there = [task for task in manifest.tasks if on_images(task)]
+    if names is None and images and there:
+        return there
+    if names is None or "," not in names:
+        chosen = [choose_task(manifest, names, where)]
+    else:
+        chosen = [find_task(manifest, name.strip(), where) for name in dict.fromkeys(names.split(","))]
+    for task in chosen:
+        if not on_images(task) and (images or len(chosen) > 1):
+            raise UsageError(f"task '{task.name}' takes texts" + (", not images" if images else ": name one task"))
+    return chosen
+
+
+def on_images(task: Task) -> bool:
+    """Whether a task takes images."""
+    return isinstance(task.stages, ImageStages)
 
 
 def given_rows(task: Task, texts: Sequence[str], text_pairs: Sequence[str], source: str | None) -> Iterator[Row]:

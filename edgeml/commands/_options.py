@@ -6,14 +6,30 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import click
 
-__all__ = ["bundle_argument", "json_option", "notes", "printable", "progress", "quiet_option"]
+__all__ = ["bundle_argument", "json_option", "notes", "printable", "progress", "quiet_option", "variant_options"]
 
 bundle_argument = click.argument("bundle", type=click.Path())
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 quiet_option = click.option("--quiet", is_flag=True, help="No progress bar and no notes.")
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def variant_options(command: Function) -> Function:
+    """The options that pick a variant; the command takes them as `variant`, `max_latency`, `max_bytes` and `min_score`."""
+    for option in (
+        click.option("--min-score", type=float, help="... whose mean score is at least this, from 0 to 1; alone: the cheapest."),
+        click.option("--max-bytes", help="... whose graphs take no more than this, say 500KiB."),
+        click.option("--max-latency", help="The best variant that was recorded at no more than this, say 20ms."),
+        click.option("--variant", help="The variant of this name, of a bundle with variants."),
+    ):
+        command = option(command)
+    return command
 
 
 @contextmanager

@@ -42,10 +42,11 @@ def head(kind: str, record: Mapping[str, Any]) -> str | None:
         return None
     machine = record["device"]["cpu"] or "this machine"
     what = f"`{record['bundle']}`, task {record['task']}, {record['rounds']} warm rounds of one input on {machine}"
-    widths = [_width(name) for name, _, _ in COLUMNS]
-    cells = " | ".join(name.rjust(width) for (name, _, _), width in zip(COLUMNS, widths, strict=True))
+    paging = "" if _on_images(record) else "; hits, misses, reads and waits in all"
+    widths = [_width(name) for name, _, _ in _columns(record)]
+    cells = " | ".join(name.rjust(width) for (name, _, _), width in zip(_columns(record), widths, strict=True))
     rules = " | ".join("-" * (width - 1) + ":" for width in widths)
-    return f"{what}; hits, misses, reads and waits in all\n\n| {cells} |\n| {rules} |"
+    return f"{what}{paging}\n\n| {cells} |\n| {rules} |"
 
 
 def row(kind: str, record: Mapping[str, Any]) -> str | None:
@@ -56,7 +57,7 @@ def row(kind: str, record: Mapping[str, Any]) -> str | None:
     if kind == "csv":
         return _csv("" if value is None else value for value in flat.values())
     if kind == "md":
-        return "| " + " | ".join(_cell(flat.get(key), unit).rjust(_width(name)) for name, key, unit in COLUMNS) + " |"
+        return "| " + " | ".join(_cell(flat.get(key), unit).rjust(_width(name)) for name, key, unit in _columns(record)) + " |"
     return None
 
 
@@ -74,6 +75,22 @@ def flatten(record: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[key] = json.dumps(value) if isinstance(value, list) else value
     return flat
+
+
+def _on_images(record: Mapping[str, Any]) -> bool:
+    return "image" in record.get("workload", {}).get("kind", "")
+
+
+def _columns(record: Mapping[str, Any]) -> list[tuple[str, str, float | None]]:
+    """Networks for images have variants and no paging, mixtures the other way round."""
+    if not _on_images(record):
+        return list(COLUMNS)
+    paging = ("memory", "weights MiB", "residency", "backend", "cold p50 ms", "tokens/s", "hits", "misses", "read MiB", "wait ms")
+    return [
+        ("variant", "variant", None),
+        ("graphs MiB", "graph_bytes", 1 << 20),
+        *(column for column in COLUMNS if column[0] not in paging),
+    ]
 
 
 def _width(name: str) -> int:

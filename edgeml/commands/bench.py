@@ -18,23 +18,27 @@ import click
 
 from edgeml.bundle import Bundle
 from edgeml.commands import _records
-from edgeml.commands._inputs import choose_task, given_rows
-from edgeml.commands._options import bundle_argument, json_option, notes, progress, quiet_option
+from edgeml.commands._inputs import choose_tasks, given_rows, on_images
+from edgeml.commands._options import bundle_argument, json_option, notes, progress, quiet_option, variant_options
 from edgeml.errors import DeviceError, EdgemlError, UsageError
-from edgeml.manifest import Manifest, Task, load_manifest
+from edgeml.image import read_image
+from edgeml.manifest import ImagePreprocess, Manifest, Task, load_manifest
 from edgeml.session import RESIDENCIES
 from edgeml.store import plan_budget, resolve_threads
+from edgeml.variants import Wish, choose_variant
 
 DEFAULT_TOKENS = 32
 
 
 @click.command("bench")
 @bundle_argument
-@click.option("--task", help="The task to answer; may be left out where there is only one.")
+@click.option("--task", help="The task to answer; may be left out where there is only one. On images a list such as a,b is one pass.")
 @click.option("--text", "texts", multiple=True, help="A text to answer; may be repeated.")
 @click.option("--text-pair", "text_pairs", multiple=True, help="Its second text, for tasks that judge pairs.")
 @click.option("--input", "source", help="A file of JSON lines with text (and text_pair); - is standard input.")
 @click.option("--tokens", type=click.IntRange(1), help=f"Random inputs of this many tokens instead of texts (default: {DEFAULT_TOKENS}).")
+@click.option("--image", "images", multiple=True, help="A PNG or JPEG for tasks on images, instead of a random one; may be repeated.")
+@variant_options
 @click.option("--iterations", type=click.IntRange(1), default=30, show_default=True, help="Rounds that are measured, one input each.")
 @click.option("--warmup", type=click.IntRange(0), default=3, show_default=True, help="Rounds before them, left out.")
 @click.option("--cold", type=click.IntRange(0), default=3, show_default=True, help="Rounds that begin without any expert in memory.")
@@ -51,6 +55,7 @@ def command(
     text_pairs: tuple[str, ...],
     source: str | None,
     tokens: int | None,
+    images: tuple[str, ...],
     iterations: int,
     warmup: int,
     cold: int,
@@ -60,22 +65,35 @@ def command(
     output: str,
     quiet: bool,
     as_json: bool,
+    **variant: Any,
 ) -> None:
     """Measure latency, page traffic and memory: each combination of settings in a process of its own.
+
+    A list (--memory, --threads, --residency, --variant) makes a row for each of its values.
 
     Example: edgeml bench model.edgeml --task banking77 --memory 25%,50%,100% --threads 1,2
     """
     kind = "json" if as_json else output
     settings: dict[str, list[Any]] = {"memory": _list(memory), "threads": _threads(threads), "residency": _residencies(residency)}
+    settings["variant"] = _list(variant.pop("variant"))
     combinations = [dict(zip(settings, values, strict=True)) for values in itertools.product(*settings.values())]
     with Bundle.open(bundle) as opened:
         manifest = load_manifest(opened)
-        chosen = choose_task(manifest, task, bundle)
+        chosen = choose_tasks(manifest, task, bundle, bool(images))
         for combination in combinations:
-            _check(opened, manifest, combination)
+            _check(opened, manifest, combination | variant)
+    if on_images(chosen[0]):
+        cold = 0  # nothing is paged
     rounds = max(iterations, warmup, cold)
-    job: dict[str, Any] = {"bundle": os.path.abspath(bundle), "task": chosen.name, "iterations": iterations, "warmup": warmup, "cold": cold}
-    job["workload"] = _workload(chosen, texts, text_pairs, source, tokens, rounds)
+    names = ",".join(one.name for one in chosen)
+    job: dict[str, Any] = {"bundle": os.path.abspath(bundle), "task": names, "iterations": iterations, "warmup": warmup, "cold": cold}
+    job["limits"] = variant
+    if isinstance(chosen[0].preprocess, ImagePreprocess):
+        if texts or text_pairs or source is not None or tokens is not None:
+            raise UsageError(f"task '{chosen[0].name}' takes images: give --image FILE, or nothing for a random one")
+        job["workload"] = _image_workload(chosen[0].preprocess, images)
+    else:
+        job["workload"] = _workload(chosen[0], texts, text_pairs, source, tokens, rounds)
     records: list[dict[str, Any]] = []
     with progress((iterations + warmup + cold) * len(combinations), "measuring", quiet) as step:
         for combination in combinations:
@@ -121,6 +139,8 @@ def _residencies(text: str) -> list[str]:
 
 def _check(bundle: Bundle, manifest: Manifest, combination: dict[str, Any]) -> None:
     """Refuse a budget below the floor now, and not after the minutes that the rows before it take."""
+    limits = {key: combination[key] for key in ("variant", "max_latency", "max_bytes", "min_score")}
+    choose_variant(manifest, Wish(**limits), str(bundle.path))
     plan_budget(bundle, manifest, combination["memory"], resolve_threads(combination["threads"]))
 
 
@@ -134,10 +154,20 @@ def _workload(
         if not rows:
             raise UsageError(f"{source} holds no rows to measure with")
         return {"kind": "texts", "rows": len(rows), "texts": rows}
+    assert not isinstance(task.preprocess, ImagePreprocess)
     limit = task.preprocess.max_tokens
     if tokens is not None and tokens > limit:
         raise UsageError(f"task '{task.name}' reads at most {limit} tokens, not {tokens}")
     return {"kind": "random", "tokens": tokens or min(DEFAULT_TOKENS, limit)}
+
+
+def _image_workload(preprocess: ImagePreprocess, images: tuple[str, ...]) -> dict[str, Any]:
+    """Pictures, read again in each round as a user's would be; or random ones of the model's own size."""
+    if not images:
+        return {"kind": "random image", "height": preprocess.height, "width": preprocess.width, "channels": preprocess.channels}
+    for path in images:
+        read_image(path)  # a bad one is told now, and not after other rows
+    return {"kind": "images", "rows": len(images), "paths": [os.path.abspath(path) for path in images]}
 
 
 def _run_worker(job: dict[str, Any], step: Callable[[int], None]) -> dict[str, Any]:

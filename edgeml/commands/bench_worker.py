@@ -21,24 +21,29 @@ from edgeml.session import Session
 from edgeml.session import open as open_session
 
 SYNTHETIC_ROWS = 64
+SYNTHETIC_IMAGES = 8
 
 
 def measure(job: dict[str, Any], tick: Callable[[], None]) -> dict[str, Any]:
     """Open, run and time a job; returns its record."""
     started = time.perf_counter()
-    with open_session(job["bundle"], memory=job["memory"], threads=job["threads"], residency=job["residency"]) as session:
+    chosen = {key: job[key] for key in ("memory", "threads", "residency", "variant")} | job["limits"]
+    with open_session(job["bundle"], **chosen) as session:
         open_s = time.perf_counter() - started
-        session.load(job["task"])
+        for name in job["task"].split(","):
+            session.load(name)
         after_open = rss_bytes()
         call = calls(session, job["task"], job["workload"])
         timing = time_rounds(call, session.evict_all, job["iterations"], job["warmup"], job["cold"], tick)
-        workload = {key: value for key, value in job["workload"].items() if key != "texts"}
+        workload = {key: value for key, value in job["workload"].items() if key not in ("texts", "paths")}
         settings = session.settings() | {"task": job["task"], "workload": workload, "warmup": job["warmup"], "notes": session.notes}
         return record(timing, settings | {"open_s": open_s, "rss_after_open_bytes": after_open})
 
 
 def calls(session: Session, task: str, workload: dict[str, Any]) -> Callable[[int], Counted]:
-    """The function that runs round i of a workload: one text, one pair, or one row of seeded random token ids."""
+    """The function that runs round i of a workload: one text, one pair, one row of seeded random token ids, or one image."""
+    if "image" in workload["kind"]:
+        return _image_calls(session, task.split(","), workload)
     if "texts" in workload:
         rows: list[Any] = [tuple(row) if session.task(task).pair else row[0] for row in workload["texts"]]
         name = "pairs" if session.task(task).pair else "texts"
@@ -48,6 +53,14 @@ def calls(session: Session, task: str, workload: dict[str, Any]) -> Callable[[in
         drawn = np.random.default_rng(0).integers(0, vocabulary, (SYNTHETIC_ROWS, 1, workload["tokens"]))
         inputs = [{"arrays": {"ids": ids}} for ids in drawn]
     return lambda index: session.run(task, **inputs[index % len(inputs)]).counters
+
+
+def _image_calls(session: Session, tasks: list[str], workload: dict[str, Any]) -> Callable[[int], Counted]:
+    images: list[Any] = workload.get("paths", [])
+    if not images:
+        shape = (SYNTHETIC_IMAGES, workload["height"], workload["width"], workload["channels"])
+        images = list(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
+    return lambda index: session.run_many(tasks, [images[index % len(images)]])[tasks[0]].counters
 
 
 def main() -> int:

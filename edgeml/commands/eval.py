@@ -15,10 +15,12 @@ import numpy as np
 
 from edgeml.bundle import Bundle
 from edgeml.bundle_writer import write_file
-from edgeml.commands._options import bundle_argument, json_option, notes, printable, progress, quiet_option
+from edgeml.commands._eval_images import evaluate_images, image_lines
+from edgeml.commands._options import bundle_argument, json_option, notes, printable, progress, quiet_option, variant_options
 from edgeml.data import SPLITS, Row, TaskData, find_tasks
 from edgeml.errors import UsageError
 from edgeml.evaluate import Answered, Labels, answer_rows, kept_set, match_tasks, read_labelled, report
+from edgeml.image_data import find_image_sets
 from edgeml.manifest import load_manifest
 from edgeml.measure import Timing, record
 from edgeml.router import ResidentSet
@@ -37,12 +39,16 @@ class _Kept:
 @click.command("eval")
 @bundle_argument
 @click.option(
-    "--data", required=True, type=click.Path(), help="DOMAIN/TASK/{train,test,...}.jsonl.gz with a task.json, or one task's folder."
+    "--data",
+    required=True,
+    type=click.Path(),
+    help="DOMAIN/TASK/{train,test,...}.jsonl.gz with a task.json, or one task's folder; or SET/{train,test,...}.npz with an image.json.",
 )
 @click.option("--split", default="test", show_default=True, type=click.Choice(SPLITS), help="The rows to evaluate.")
-@click.option("--tasks", help="Only these, separated by commas: TASK or DOMAIN/TASK.")
+@click.option("--tasks", help="Only these, separated by commas: TASK, or DOMAIN/TASK (of images SET/TASK).")
 @click.option("--limit", type=click.IntRange(min=1), help="At most this many rows a task, the first ones.")
 @click.option("--reference", type=click.Path(), help="A bundle to compare with: gives retention.")
+@variant_options
 @click.option("--memory", help="Memory for weights: 64MiB, 1.5GB, 50%, auto (default, or EDGEML_MEMORY).")
 @click.option(
     "--residency", default="exact", show_default=True, type=click.Choice(RESIDENCIES), help="Whether the budget may change answers."
@@ -70,6 +76,7 @@ def command(
     predictions: str | None,
     quiet: bool,
     as_json: bool,
+    **variant: Any,
 ) -> None:
     """Scores of a bundle on labelled data, task by task.
 
@@ -78,14 +85,24 @@ def command(
     kept = _parse_kept(experts_kept, kept_by)
     if kept is not None and (memory is not None or residency != "exact"):
         raise UsageError("--experts-kept measures with everything in memory: leave out --memory and --residency")
-    found = find_tasks(Path(data), None if tasks is None else [name.strip() for name in tasks.split(",")])
+    names = None if tasks is None else [name.strip() for name in tasks.split(",")]
+    opening = {"memory": memory, "threads": threads, "residency": residency} | variant
+    if sets := find_image_sets(Path(data)):
+        if kept is not None:
+            raise UsageError("--experts-kept is for mixtures of experts; a network for images has none")
+        scored, timing, extra = evaluate_images(bundle, sets, names, split, limit, reference, opening, quiet)
+        if predictions is not None:
+            write_file(Path(predictions), image_lines(scored))
+        _print(report(scored) | {"skipped": extra.pop("skipped"), "record": record(timing, extra)}, as_json)
+        return
+    found = find_tasks(Path(data), names)
     matched, skipped = _match(bundle, found)
     if reference is not None and (missing := _match(reference, matched)[1]):
         raise UsageError(f"the reference {reference} has no task '{missing[0]}'; choose others with --tasks")
     labelled = [read_labelled(task, split, limit) for task in matched]
     questions = {task.name: rows for task, (rows, _) in zip(matched, labelled, strict=True)}
     settings = {"split": split, "limit": limit, "experts_kept": experts_kept, "kept_by": kept_by, "reference_bundle_id": None}
-    with open_session(bundle, memory if kept is None else "100%", threads, residency) as session:
+    with open_session(bundle, **opening | ({} if kept is None else {"memory": "100%"})) as session:
         notes(session.notes, quiet)
         predicted, timing = _predict(session, questions, kept, "evaluating", quiet)
         settings |= session.settings()
@@ -100,7 +117,10 @@ def command(
     ]
     if predictions is not None:
         write_file(Path(predictions), _lines(answered))
-    document = report(answered) | {"skipped": skipped, "record": record(timing, settings)}
+    _print(report(answered) | {"skipped": skipped, "record": record(timing, settings)}, as_json)
+
+
+def _print(document: dict[str, Any], as_json: bool) -> None:
     click.echo(json.dumps(document, allow_nan=False) if as_json else "\n".join(_table(document)))
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import click
 
 from edgeml.bundle import Bundle
+from edgeml.commands._options import printable
 from edgeml.layout import PageKind
-from edgeml.manifest import Manifest, load_manifest
+from edgeml.manifest import ImagePreprocess, Manifest, Task, Variant, load_manifest
 from edgeml.sizes import format_bytes
 
 
@@ -34,6 +35,8 @@ def describe(bundle: Bundle, manifest: Manifest) -> dict[str, Any]:
                 "labels": len(task.labels),
                 "metric": task.metric,
                 "chance": task.chance,
+                "void": task.void,
+                "input": _input(task),
             }
             for task in manifest.tasks
         ],
@@ -49,8 +52,30 @@ def describe(bundle: Bundle, manifest: Manifest) -> dict[str, Any]:
             "bytes": sum(bundle.pages[page].length for page in routed),
         },
         "bytes": kinds,
+        "variants": [_variant(variant) for variant in manifest.variants],
         "evidence": dict(manifest.evidence),
         "provenance": dict(manifest.provenance),
+    }
+
+
+def _input(task: Task) -> dict[str, Any]:
+    given = task.preprocess
+    if isinstance(given, ImagePreprocess):
+        return {"kind": "image", "height": given.height, "width": given.width, "channels": given.channels}
+    return {"kind": "text", "max_tokens": given.max_tokens}
+
+
+def _variant(variant: Variant) -> dict[str, Any]:
+    return {
+        "name": variant.name,
+        "bytes": variant.bytes,
+        "macs": variant.macs,
+        "parameters": variant.parameters,
+        "bound": variant.bound,
+        "quantized": variant.quantized,
+        "latency_s": None if variant.latency_s is None else {"p50": variant.latency_s, "cpu": variant.latency_cpu},
+        "score": variant.score,
+        "scores": dict(variant.scores),
     }
 
 
@@ -78,6 +103,21 @@ def command(bundle: str, as_json: bool) -> None:
     click.echo("stages: " + (", ".join(stage["name"] for stage in document["stages"]) or "none"))
     for task in document["tasks"]:
         what = "pairs" if task["pair"] else "texts"
+        if task["input"]["kind"] == "image":
+            what = f"images of {task['input']['width']} x {task['input']['height']} x {task['input']['channels']}"
         score = document["evidence"].get("tasks", {}).get(task["name"], {}).get("score")
         measured = "" if score is None else f", {task['metric']} {score:.3f}"
         click.echo(f"task {task['name']} ({task['domain']}): {task['kind']} of {what}, {task['labels']} labels{measured}")
+    for variant in document["variants"]:
+        click.echo(_variant_line(variant))
+
+
+def _variant_line(variant: dict[str, Any]) -> str:
+    score = "score unmeasured" if variant["score"] is None else f"mean score {variant['score']:.3f}"
+    bound = "not pruned" if variant["bound"] is None else f"pruned to a bound of {variant['bound']:g}"
+    latency = ""
+    if variant["latency_s"] is not None:
+        latency = f", {variant['latency_s']['p50'] * 1e3:.3g} ms on {printable(variant['latency_s']['cpu'] or 'an unnamed processor')}"
+    kind = "int8" if variant["quantized"] else "float"
+    size = f"{format_bytes(variant['bytes'])}, {variant['macs'] / 1e6:.3g} million MACs"
+    return f"variant {variant['name']}: {kind}, {bound}, {size}{latency}, {score}"

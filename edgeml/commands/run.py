@@ -1,4 +1,4 @@
-"""`edgeml run`: answers to texts, as lines for people or one JSON document for programs."""
+"""`edgeml run`: answers to texts and images, as lines for people or one JSON document for programs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any
 import click
 
 from edgeml.bundle import Bundle
-from edgeml.commands._inputs import choose_task, given_rows
-from edgeml.commands._options import bundle_argument, json_option, notes, printable, quiet_option
+from edgeml.commands._inputs import choose_tasks, given_rows, on_images
+from edgeml.commands._options import bundle_argument, json_option, notes, printable, quiet_option, variant_options
+from edgeml.commands._run_images import answer_images
 from edgeml.data import Row
-from edgeml.manifest import Task, load_manifest
+from edgeml.errors import UsageError
+from edgeml.manifest import Preprocess, Task, load_manifest
 from edgeml.measure import Timing, record
 from edgeml.session import RESIDENCIES, Result, Session
 from edgeml.session import open as open_session
@@ -24,10 +26,13 @@ CHUNK_ROWS = 128
 
 @click.command("run")
 @bundle_argument
-@click.option("--task", help="The task to answer; may be left out where there is only one.")
+@click.option("--task", help="The task to answer; may be left out where there is only one. On images a list is one pass; default all.")
 @click.option("--text", "texts", multiple=True, help="A text; may be repeated.")
 @click.option("--text-pair", "text_pairs", multiple=True, help="Its second text, for tasks that judge pairs.")
 @click.option("--input", "source", help="A file of JSON lines with text (and text_pair); - is standard input.")
+@click.option("--image", "images", multiple=True, help="A PNG or JPEG, for tasks on images; may be repeated.")
+@click.option("-o", "--output", help="Write the map of a segmentation or edge task as a coloured PNG of the image's size.")
+@variant_options
 @click.option("--memory", help="Memory for weights: 64MiB, 1.5GB, 50%, auto (default, or EDGEML_MEMORY).")
 @click.option(
     "--residency", type=click.Choice(RESIDENCIES), default="exact", show_default=True, help="masked: only experts that fit, chosen by task."
@@ -41,22 +46,36 @@ def command(
     texts: tuple[str, ...],
     text_pairs: tuple[str, ...],
     source: str | None,
+    images: tuple[str, ...],
+    output: str | None,
     memory: str | None,
     residency: str,
     threads: int | None,
     quiet: bool,
     as_json: bool,
+    **variant: Any,
 ) -> None:
-    """Answer texts with one task of a bundle.
+    """Answer texts or images with the tasks of a bundle.
 
-    A line an answer: task, label, confidence, milliseconds (a text's share of its batch).
+    A line an answer: task, label, confidence, milliseconds (an input's share of its batch).
 
     Example: edgeml run model.edgeml --task banking77 --text "I lost my card"
+
+    Example: edgeml run street.edgeml --task segmentation --image photo.png -o map.png
     """
     with Bundle.open(bundle) as opened:  # a wrong question is answered before any weight is loaded
-        chosen = choose_task(load_manifest(opened), task, bundle)
+        tasks = choose_tasks(load_manifest(opened), task, bundle, bool(images))
+    settings: dict[str, Any] = {"memory": memory, "threads": threads, "residency": residency} | variant
+    if images or on_images(tasks[0]):
+        if texts or text_pairs or source is not None or not images:
+            raise UsageError(f"task '{tasks[0].name}' takes images: give --image FILE, and no texts")
+        answer_images(bundle, tasks, images, output, settings, quiet, as_json)
+        return
+    if output is not None:
+        raise UsageError("-o writes the map of a task on images; answers to texts go to standard output")
+    chosen = tasks[0]
     rows = given_rows(chosen, texts, text_pairs, source)
-    with open_session(bundle, memory=memory, threads=threads, residency=residency) as session:
+    with open_session(bundle, **settings) as session:
         notes(session.notes, quiet)
         session.load(chosen.name)
         answers: list[dict[str, Any]] = []
@@ -71,7 +90,7 @@ def command(
                     click.echo(_line(answer))
         if as_json:
             click.echo(json.dumps({"results": answers, "record": record(timing, session.settings())}, allow_nan=False))
-    if truncated:
+    if truncated and isinstance(chosen.preprocess, Preprocess):
         notes([f"{truncated} inputs were longer than {chosen.preprocess.max_tokens} tokens and were cut"], quiet)
 
 

@@ -68,9 +68,7 @@ def card(manifest: dict[str, Any]) -> str:
     ]
     means = [sum(task[key] for task in found) / len(found) for key in ("dense_score", "reference_score", "score")]
     lines.append("| **mean** | | | | | " + " | ".join(f"**{100 * mean:.1f}**" for mean in means) + " |")
-    lines.append(
-        f"\nMultiply-adds of a 64-token text without its head: {macs['bundle'] / 1e6:.0f} M, was {macs['reference'] / 1e6:.0f} M."
-    )
+    lines.append(f"\nMultiply-adds of a 64-token text without its head: {macs['bundle'] / 1e6:.0f} M, was {macs['reference'] / 1e6:.0f} M.")
     lines.append(f"Routers choose as in f32 for {evidence['router_agreement']:.1%} of the choices on training rows.\n")
     lines.append("## Data\n\n| task | licence |\n|---|---|")
     lines += [f"| {name} | {data['licence']} |" for name, data in manifest["provenance"]["data"].items()]
