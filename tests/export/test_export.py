@@ -193,7 +193,7 @@ def test_what_the_measuring_process_says_is_passed_on(tmp_path: Path) -> None:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", MAIN, *arguments], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    return subprocess.run([sys.executable, "-P", "-c", MAIN, *arguments], capture_output=True, text=True, env=ENVIRONMENT, check=False)
 
 
 def test_the_command_prints_one_document(source: str, data: Path, tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_each_error_is_one_sentence(arguments: list[str], code: int, sentence: s
 def test_an_interrupted_export_leaves_the_old_file_alone(number: int, source: str, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "m.edgeml"
     out.write_bytes(b"earlier")
-    arguments = [sys.executable, "-c", MAIN, "export", source, "-o", str(out), "--data", str(data)]
+    arguments = [sys.executable, "-P", "-c", MAIN, "export", source, "-o", str(out), "--data", str(data)]
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     candidate = tmp_path / ".m.edgeml.export" / "candidate.edgeml"
     deadline = time.monotonic() + 60

@@ -168,7 +168,7 @@ make_mixture({str(tmp_path / "m.edgeml")!r}, LARGE, layers=3, experts=28)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert (tmp_path / "m.edgeml").stat().st_size > 48 << 20
     assert int(done.stdout) < 36 << 10
 
