@@ -27,7 +27,7 @@ from edgeml.manifest import load_manifest
 pytestmark = pytest.mark.skipif(not hasattr(native, "Context"), reason="the extension is not built")
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'exporters'}:{os.environ.get('PYTHONPATH', '')}"}
+ENVIRONMENT = dict(os.environ)
 #: The command line with `export`, whether or not the installed package announces it.
 MAIN = "from edgeml import cli; cli.COMMANDS['export'] = ('edgeml_export.command', ''); raise SystemExit(cli.main())"
 STEPS: list[dict[str, Any]] = [
@@ -182,7 +182,7 @@ def test_data_with_other_labels_is_refused(model: Model, data: Path, tmp_path: P
 
 def test_the_measuring_process_cannot_import_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "wants_torch.py").write_text("import torch")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ENVIRONMENT['PYTHONPATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     with pytest.raises(DeviceError, match="torch is not for the device"):
         evidence_module.run_apart("wants_torch", [])
 
