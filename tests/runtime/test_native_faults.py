@@ -166,7 +166,9 @@ with make_case(Path(sys.argv[1])).open(threads=2) as context:
 
 def test_a_forked_child_is_told_and_ends(tmp_path: Path) -> None:
     paths = [str(Path(__file__).parents[1] / "support"), str(Path(native.__file__).parents[1])]
-    done = subprocess.run([sys.executable, "-P", "-W", "ignore", "-c", FORKED, str(tmp_path), *paths], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-P", "-W", "ignore", "-c", FORKED, str(tmp_path), *paths], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
 
 
