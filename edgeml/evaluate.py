@@ -212,7 +212,7 @@ def answer_rows(answer: Callable[[list[Row]], Labels], rows: Sequence[Row], wher
 
 
 def kept_set(manifest: Manifest, task: str, share: float, seed: int | None) -> ResidentSet:
-    """Keep `share` of each site's routed experts, by the task's usage, or at random where there is a `seed`; forbid the others.
+    """Keep at most `share` of each site's routed experts, by the task's usage, or at random where there is a `seed`; forbid the others.
 
     Raises `UsageError` where a site would be left without any expert, and for a task without recorded usage.
     """
@@ -221,7 +221,7 @@ def kept_set(manifest: Manifest, task: str, share: float, seed: int | None) -> R
     mask = np.full((len(manifest.sites), width), -np.inf, np.float32)
     pages: set[int] = set()
     for number, site in enumerate(manifest.sites):
-        kept = order[number][: int(share * len(site.experts) + 0.5)]
+        kept = order[number][: int(share * len(site.experts) + 1e-9)]
         if not len(kept) and not site.shared:
             raise UsageError(f"site '{site.name}' has no shared expert, so at least one routed expert must be kept there")
         mask[number, kept] = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,8 @@ def bundle_answers(
         predicted: Labels = scores.argmax(-1).astype(np.int64)
         return predicted
 
-    key = f"bundle-{session.bundle.id[:16]}-{variant}"
+    kept = "" if resident is None else f"-{zlib.crc32(resident.mask.tobytes()):08x}"
+    key = f"bundle-{session.bundle.id[:16]}-{variant}{kept}"
     return cache.get(key, questions, lambda: answer_rows(ask, questions.rows, f"task '{name}'", tick), tick)
 
 

@@ -3,8 +3,9 @@
 
     masks.py [--bundle models/multitask-text.edgeml] [--data ../shared/data/text] [--mixture MODEL] [--seeds 0,1,2]
 
-Every site keeps a share of its routed experts: the task's most used ones (the bundle's recorded usage), or as many at random. A
-random set's score is the mean over the seeds, task by task. Predictions are kept in --cache, so a run that is stopped goes on.
+Every site keeps at most a share of its routed experts (of 23: 11 for a half, 5 for a quarter): the task's most used ones (the
+bundle's recorded usage), or as many at random. A random set's score is the mean over the seeds, task by task. Predictions are kept
+in --cache, so a run that is stopped goes on.
 
 The retention that must hold is against the uncompressed mixture in torch, which --mixture names (default: the committed
 checkpoint, if it is there); retention against the bundle with all its experts is reported beside it.

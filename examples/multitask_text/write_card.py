@@ -19,7 +19,7 @@ One encoder for {tasks} tasks of {domains} domains and for sentence vectors, as 
   became, each, a shared expert of {shared} neurons and {experts} routed experts of {width}, {top_k} of them a token:
   {share:.0%} of the multiply-adds of the dense layers. No neuron was added and none dropped.
 - **Trained** as `make model` does: a dense reference fine-tuned on all tasks (3,600 steps of 48 rows, about 0.75 hours on two
-  cores), then {experts} experts a layer distilled from it (1,500 steps of 48 rows, about 0.25 hours). Attention, norms and the
+  cores), then {experts} experts a layer distilled from it (1,300 steps of 48 rows, about 0.2 hours). Attention, norms, heads and the
   shared expert stay as in the dense reference; nothing balances the experts' load.
 - **Stored** as experts in 4 bits, other large weights in 8, routers, norms and heads in f32: {size} in all, was {reference}.
 - **Licence** of weights and code: Apache-2.0. Every task's data may be passed on in trained weights without share-alike; the
