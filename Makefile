@@ -6,7 +6,7 @@ DEMO_VENV ?= .venv-demo
 BIN = $(VENV)/bin
 EDGEML_SHARED ?= ../shared
 
-.PHONY: demo test test-c test-python install lint bench model export-demo build clean check-tools
+.PHONY: demo test test-c test-python install lint bench model export-demo vision-models build clean check-tools
 
 # What a newcomer runs: the runtime alone (no torch), the committed bundle, answers, and what paging costs here.
 demo: $(DEMO_VENV)/ready
@@ -73,6 +73,15 @@ export-demo: install $(VENV)/source
 	@test -d $(EDGEML_SHARED)/data/text || { echo "edgeml: the tasks' data is not at $(EDGEML_SHARED)/data/text; name its place: make export-demo EDGEML_SHARED=DIR"; exit 2; }
 	@mkdir -p $(dir $(EXPORTED))
 	$(BIN)/edgeml export examples/multitask_text/model.py:mixture -o $(EXPORTED) --recipe examples/multitask_text/recipe.toml --data $(EDGEML_SHARED)/data/text
+
+# The two vision references from scratch, and their bundles: minutes of training each, then pruning. Interrupted, it resumes.
+vision-models: install
+	@test -d $(EDGEML_SHARED)/data/images || { echo "edgeml: the image sets are not at $(EDGEML_SHARED)/data/images; name their place: make vision-models EDGEML_SHARED=DIR"; exit 2; }
+	@mkdir -p build models
+	$(BIN)/python examples/multitask_vision/train.py multi_fashion_mnist --data $(EDGEML_SHARED)/data
+	$(BIN)/python examples/multitask_vision/train.py camvid --data $(EDGEML_SHARED)/data
+	$(BIN)/edgeml export examples/multitask_vision/model.py:multi_fashion -o models/multi-fashion.edgeml --recipe examples/multitask_vision/multi_fashion.toml --data $(EDGEML_SHARED)/data --work runs/vision/multi-fashion
+	$(BIN)/edgeml export examples/multitask_vision/model.py:camvid -o build/camvid.edgeml --recipe examples/multitask_vision/camvid.toml --data $(EDGEML_SHARED)/data --work runs/vision/camvid
 
 # What the runtime promises, measured here; records go to benchmarks/records. benchmarks/README.md has the rest, which needs torch models.
 BENCH_MODEL ?= models/multitask-text.edgeml

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -53,6 +54,7 @@ def describe(bundle: Bundle, manifest: Manifest) -> dict[str, Any]:
         },
         "bytes": kinds,
         "variants": [_variant(variant) for variant in manifest.variants],
+        "router": None if manifest.router is None else asdict(manifest.router),
         "evidence": dict(manifest.evidence),
         "provenance": dict(manifest.provenance),
     }
@@ -101,6 +103,9 @@ def command(bundle: str, as_json: bool) -> None:
         counts = f"{experts['routed']} routed at {experts['sites']} sites, {experts['shared']} shared"
         click.echo(f"experts: {counts}, {per_token} per token, {format_bytes(experts['bytes'])}")
     click.echo("stages: " + (", ".join(stage["name"] for stage in document["stages"]) or "none"))
+    if document["router"] is not None:
+        groups = document["router"]["groups"]
+        click.echo(f"router: a request may name no task; {len(groups)} groups: {', '.join(group['name'] for group in groups)}")
     for task in document["tasks"]:
         what = "pairs" if task["pair"] else "texts"
         if task["input"]["kind"] == "image":
@@ -114,10 +119,10 @@ def command(bundle: str, as_json: bool) -> None:
 
 def _variant_line(variant: dict[str, Any]) -> str:
     score = "score unmeasured" if variant["score"] is None else f"mean score {variant['score']:.3f}"
-    bound = "not pruned" if variant["bound"] is None else f"pruned to a bound of {variant['bound']:g}"
+    bound = "" if variant["bound"] is None else f"pruned to a bound of {variant['bound']:g}, "
     latency = ""
     if variant["latency_s"] is not None:
         latency = f", {variant['latency_s']['p50'] * 1e3:.3g} ms on {printable(variant['latency_s']['cpu'] or 'an unnamed processor')}"
     kind = "int8" if variant["quantized"] else "float"
     size = f"{format_bytes(variant['bytes'])}, {variant['macs'] / 1e6:.3g} million MACs"
-    return f"variant {variant['name']}: {kind}, {bound}, {size}{latency}, {score}"
+    return f"variant {variant['name']}: {kind}, {bound}{size}{latency}, {score}"

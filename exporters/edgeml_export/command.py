@@ -23,18 +23,32 @@ TYPES = click.Choice(["int4", "int8", "f32"])
 @click.command("export")
 @click.argument("source")
 @click.option("-o", "--output", required=True, type=click.Path(), help="The bundle to write.")
-@click.option("--recipe", type=click.Path(), help="Passes and limits, a TOML file (default: quantize and record usage, no limits).")
-@click.option("--data", type=click.Path(), help="DOMAIN/TASK/{train,validation,test}.jsonl.gz with a task.json.")
+@click.option("--recipe", type=click.Path(), help="Passes, variants and limits, a TOML file (default: quantize, no limits).")
+@click.option(
+    "--data", type=click.Path(), help="DOMAIN/TASK/{train,validation,test}.jsonl.gz with a task.json; or SET/*.npz with an image.json."
+)
 @click.option("--experts", type=TYPES, help="How expert weights are stored, instead of the recipe's choice.")
 @click.option("--dense", type=TYPES, help="How the other large weights are stored, instead of the recipe's choice.")
+@click.option("--split-at", multiple=True, help="Of an ONNX file: a tensor where the backbone ends; may be repeated.")
+@click.option("--work", type=click.Path(), help="A folder where pruning keeps its decisions: the same command goes on from there.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 def command(
-    source: str, output: str, recipe: str | None, data: str | None, experts: str | None, dense: str | None, quiet: bool, as_json: bool
+    source: str,
+    output: str,
+    recipe: str | None,
+    data: str | None,
+    experts: str | None,
+    dense: str | None,
+    split_at: tuple[str, ...],
+    work: str | None,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Turn a torch model into a bundle, measure the bundle, and refuse it when it breaks a limit of the recipe.
 
-    SOURCE is file.py:function, where the function returns an edgeml_export.Model.
+    SOURCE is file.py:function, where the function returns an edgeml_export.Model or an edgeml_export.vision.VisionModel; or an
+    .onnx file of a CNN, whose recipe then describes its tasks.
 
     Example: edgeml export model.py:mixture -o model.edgeml --recipe recipe.toml --data data/text
     """
@@ -42,18 +56,31 @@ def command(
 
     show = not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
     with _interruptible():
-        evidence = export(source, output, recipe, data, experts, dense, _bar if show else None, show)
+        evidence = export(source, output, recipe, data, experts, dense, _bar if show else None, show, split_at, work)
     if as_json:
         click.echo(json.dumps({"bundle": output, "evidence": evidence}, allow_nan=False))
         return
     size = evidence["bytes"]
     click.echo(f"{output}: {format_bytes(size['bundle'])}, was {format_bytes(size['reference'])}")
+    what = "images" if "variants" in evidence else "rows"
     for name, task in evidence.get("tasks", {}).items():
         difference = 100 * (task["score"] - task["reference_score"])
-        click.echo(f"  {name:<28} {task['metric']:<9} {100 * task['score']:5.1f} ({difference:+.1f}) on {task['n']} rows")
+        click.echo(f"  {name:<28} {task['metric']:<9} {100 * task['score']:5.1f} ({difference:+.1f}) on {task['n']} {what}")
     if "mean_score" in evidence:
         difference = 100 * (evidence["mean_score"] - evidence["mean_reference_score"])
         click.echo(f"  {'mean':<28} {'':<9} {100 * evidence['mean_score']:5.1f} ({difference:+.1f})")
+    for name, variant in evidence.get("variants", {}).items():
+        click.echo(f"  {name:<28} {_variant(variant)}")
+    for left in evidence.get("dropped", []):
+        click.echo(f"  left out: {left['name']} ({left['reason']})")
+
+
+def _variant(variant: dict[str, Any]) -> str:
+    """Size, work, time and score of a variant, as far as they are known."""
+    parts = [format_bytes(variant["bytes"]), f"{variant['macs'] / 1e6:.1f} M MACs", f"{1e3 * variant['latency_s']['p50']:.2f} ms"]
+    if "mean_score" in variant:
+        parts.append(f"mean {100 * variant['mean_score']:.1f}")
+    return ", ".join(parts)
 
 
 @contextmanager

@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeml.data import TaskData, find_tasks
 from edgeml.errors import DataError, EdgemlError, UsageError
 from edgeml_export.upcycle import MultiTaskMixture
+
+if TYPE_CHECKING:
+    from edgeml_export.vision.model import VisionModel
 
 __all__ = ["Model", "TaskSpec", "load_source"]
 
@@ -70,15 +73,17 @@ class Model:
         return found
 
 
-def load_source(source: str) -> Model:
-    """Call `file.py:function` and return its `Model`. The file may import its neighbours.
+def load_source(source: str) -> Model | VisionModel:
+    """Call `file.py:function` and return its `Model` or `VisionModel`. The file may import its neighbours.
 
     Raises `UsageError` when there is no such function, it fails, or it returns something else.
     """
     file, _, function = source.rpartition(":")
     path = Path(file)
     if path.suffix != ".py" or not function:
-        raise UsageError(f"{source}: give the model as file.py:function, where the function returns an edgeml_export.Model")
+        raise UsageError(
+            f"{source}: give the model as file.py:function, where the function returns an edgeml_export.Model, or as model.onnx"
+        )
     if not path.is_file():
         raise UsageError(f"{path}: no such file; give the model as file.py:function")
     try:
@@ -88,8 +93,12 @@ def load_source(source: str) -> Model:
         raise
     except (Exception, SystemExit) as error:  # whatever a user's file may do
         raise UsageError(f"{source}: it failed with {type(error).__name__}: {error}") from error
-    if not isinstance(model, Model):
-        raise UsageError(f"{source}: the function returned {type(model).__name__}, not an edgeml_export.Model")
+    if isinstance(model, Model):
+        return model
+    from edgeml_export.vision.model import VisionModel
+
+    if not isinstance(model, VisionModel):
+        raise UsageError(f"{source}: the function returned {type(model).__name__}, not an edgeml_export.Model (or vision.VisionModel)")
     return model
 
 

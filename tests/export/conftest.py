@@ -51,3 +51,28 @@ def oracle() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def vision_source() -> str:
+    return f"{SOURCE.with_name('vision_source.py')}:model"
+
+
+@pytest.fixture(scope="session")
+def vision(vision_source: str) -> Any:
+    from edgeml_export.model import load_source
+
+    return load_source(vision_source)
+
+
+@pytest.fixture(scope="session")
+def vision_stages(vision: Any) -> Any:
+    from edgeml_export.vision.graphs import stage_graphs
+
+    return stage_graphs(vision)
+
+
+@pytest.fixture(scope="session")
+def vision_data(tmp_path_factory: pytest.TempPathFactory, vision: Any) -> Path:
+    root: Path = sys.modules["edgeml_source_vision_source"].write_data(tmp_path_factory.mktemp("images"))  # loaded by `vision`
+    return root

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from typing import Any
 import edgeml_export
 import pytest
 from edgeml_export import evidence as evidence_module
-from edgeml_export import pipeline
+from edgeml_export import output
 from edgeml_export.model import Model
 from edgeml_export.recipe import Recipe, parse_recipe
 
@@ -160,7 +161,7 @@ def test_what_a_killed_export_left_is_cleared_but_nothing_else(model: Model, tmp
 
 def test_two_exports_to_one_file_do_not_mix(model: Model, tmp_path: Path) -> None:
     out = tmp_path / "m.edgeml"
-    with pipeline._folder(out), pytest.raises(UsageError, match="another process is exporting"):
+    with output.folder(out), pytest.raises(UsageError, match="another process is exporting"):
         edgeml_export.export(model, out)
 
 
@@ -209,7 +210,8 @@ def test_the_command_prints_one_document(source: str, data: Path, tmp_path: Path
     ("arguments", "code", "sentence"),
     [
         (["nowhere.py:f"], 2, "nowhere.py: no such file"),
-        (["model.onnx"], 2, "give the model as file.py:function"),
+        (["model.onnx"], 2, "an ONNX file needs a recipe"),
+        (["model.bin"], 2, "give the model as file.py:function"),
         (["toy_source.py:nothing"], 2, "there is no function 'nothing'"),
         (["toy_source.py:tokenizer"], 2, "returned bytes, not an edgeml_export.Model"),
         (["toy_source.py:mixture", "--recipe", "none.toml"], 3, "none.toml: the recipe cannot be read"),
@@ -234,7 +236,9 @@ def test_an_interrupted_export_leaves_the_old_file_alone(number: int, source: st
     out = tmp_path / "m.edgeml"
     out.write_bytes(b"earlier")
     arguments = [sys.executable, "-P", "-c", MAIN, "export", source, "-o", str(out), "--data", str(data)]
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    # Whoever runs the tests in the background has Ctrl-C ignored, and children inherit that.
+    plain = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, preexec_fn=plain)
     candidate = tmp_path / ".m.edgeml.export" / "candidate.edgeml"
     deadline = time.monotonic() + 60
     while not candidate.exists() and process.poll() is None and time.monotonic() < deadline:
