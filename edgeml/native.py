@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -32,6 +32,7 @@ __all__ = [
     "crc32c",
     "crc32c_name",
     "plan",
+    "scar_attention",
 ]
 
 #: What `SessionOptions.register_custom_ops_library` takes.
@@ -86,9 +87,55 @@ def apply_activation(isa: str | None, activation: int, x: Floats) -> Floats:
     return out
 
 
+def scar_attention(
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    cluster: NDArray[np.int32],
+    domain: NDArray[np.int32],
+    confidence: Floats,
+    *,
+    clusters: int,
+    domains: int,
+    threshold: float,
+    pad: NDArray[np.bool_] | None = None,
+    global_tokens: int = 0,
+    causal: bool = False,
+    published: bool = False,
+    context: Context | None = None,
+    isa: str | None = None,
+) -> tuple[Floats, Floats]:
+    """Bucketed attention of q, k, v (B, H, N, size) by the mask of `edgeml.scar.allowed`: the same shape, and each sequence's density (B,).
+
+    cluster and domain (B, N) are below `clusters` and `domains`; a context lends its threads. Raises `UsageError`.
+    """
+    q = _array(q, np.float32, (None, None, None, None))
+    batch, heads, tokens, size = q.shape
+    rows, out, density = (batch, tokens), np.empty_like(q), np.empty(batch, np.float32)
+    if not all(0 <= number < 2**32 for number in (clusters, domains, global_tokens)):
+        raise UsageError("clusters, domains and global_tokens are numbers from 0 up")
+    call = ffi.new("edgeml_attention *")
+    k, v = _array(k, np.float32, q.shape), _array(v, np.float32, q.shape)
+    cluster, domain = _array(cluster, np.int32, rows), _array(domain, np.int32, rows)
+    confidence, hidden = _array(confidence, np.float32, rows), None if pad is None else _array(pad, np.bool_, rows)
+    call.q, call.k, call.v, call.y, call.density = map(_floats, (q, k, v, out, density))
+    call.cluster, call.domain = ffi.from_buffer("int32_t[]", cluster), ffi.from_buffer("int32_t[]", domain)
+    call.confidence, call.pad = _floats(confidence), ffi.NULL if hidden is None else ffi.from_buffer("uint8_t[]", hidden)
+    call.batch, call.heads, call.tokens, call.head_size = batch, heads, tokens, size
+    call.clusters, call.domains, call.global_tokens = clusters, domains, global_tokens
+    call.threshold, call.causal, call.published = threshold, causal, published
+    with nullcontext(ffi.NULL) if context is None else context._use() as inner:
+        scratch, fault = np.empty(lib.edgeml_attention_scratch(inner, call), np.uint8), ffi.new("edgeml_fault *")
+        if not scratch.size:
+            raise UsageError("the sizes or options of this attention are outside their ranges or do not fit together")
+        status = lib.edgeml_scar_attention(inner, _name(isa), call, ffi.from_buffer(scratch), fault)
+    _check(status, fault)
+    return out, density
+
+
 def plan(index: bytes, sites: Sequence[Site], threads: int = 1, requests: int = 2) -> dict[str, int]:
     """What a `Context` would hold, in bytes: `pinned_bytes`, `slot_bytes`, `scratch_bytes`, `pageable_bytes`, `pageable_pages`."""
-    options, _keep = _options(-1, index, sites, 1, threads, 1, requests, False, None)
+    options, _keep = _options(-1, index, sites, 1, threads, 1, 0, requests, False, None)
     out = ffi.new("edgeml_plan_result *")
     _check(lib.edgeml_plan(options, out))
     names = ("pinned_bytes", "slot_bytes", "scratch_bytes", "pageable_bytes", "pageable_pages")
@@ -109,12 +156,13 @@ class Context:
         *,
         slots: int,
         threads: int = 1,
-        readers: int = 2,
+        readers: int = 3,
+        ahead: int = 4,
         requests: int = 2,
         direct: bool = True,
         isa: str | None = None,
     ) -> None:
-        options, _keep = _options(fd, index, sites, slots, threads, readers, requests, direct, isa)
+        options, _keep = _options(fd, index, sites, slots, threads, readers, ahead, requests, direct, isa)
         handle, fault = ffi.new("edgeml_context **"), ffi.new("edgeml_fault *")
         self._context: Any = None
         self._lock, self._calls, self._process = threading.Lock(), 0, os.getpid()
@@ -333,6 +381,7 @@ def _options(
     slots: int,
     threads: int,
     readers: int,
+    ahead: int,
     requests: int,
     direct: bool,
     isa: str | None,
@@ -351,9 +400,10 @@ def _options(
     options.fd, options.direct = fd, direct
     options.index, options.index_bytes = keep[1], len(index)
     options.sites, options.site_count = table, len(sites)
-    if not all(0 <= number < 2**32 for number in (slots, threads, readers, requests)):
-        raise UsageError("slots, threads, readers and requests are numbers from 0 up")
-    options.slots, options.threads, options.readers, options.requests = slots, threads, readers, requests
+    if not all(0 <= number < 2**32 for number in (slots, threads, readers, ahead, requests)):
+        raise UsageError("slots, threads, readers, ahead and requests are numbers from 0 up")
+    options.slots, options.threads, options.requests = slots, threads, requests
+    options.readers, options.ahead = readers, ahead
     options.isa = name
     return options, [*keep, name, options]
 

@@ -3,7 +3,8 @@
 Theory. Layers are visited in a cycle, so a page is next wanted when its site comes round again: that distance is known, where
 recency says nothing (least-recently-used scores no hit at all when a cycle is longer than the cache). Among unpinned residents
 the one to give up has the lowest priority, then the largest distance, then the lowest frequency, then the smallest id. Pages of
-the site just visited are the farthest of all.
+the site just visited are the farthest of all. Frequencies fade in their site's own time: a visit takes a quarter from all pages of
+its site and adds one use to those it needs. Counts that fade slowly lose where routing drifts (benchmarks/routing/policy.py).
 
 A page in use or leased is pinned. A hint may only take a free slot or that of a page which ranks strictly worse than itself.
 Reads are taken to end before the next event; the native pager, driven so, must hold the same pages after every event.
@@ -18,7 +19,8 @@ from edgeml.errors import BudgetError, UsageError
 
 __all__ = ["Advise", "Evict", "EvictAll", "Lease", "Load", "PagerModel", "Release", "Use"]
 
-HALVE_EVERY = 4096
+#: One use, as frequencies count it: whole numbers that a quarter can be taken from.
+PAGE_USE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,6 @@ class PagerModel:
     priority: dict[int, int] = field(default_factory=dict)
     frequency: dict[int, int] = field(default_factory=dict)
     current_site: int = 0
-    acquisitions: int = 0
     hits: int = 0
     misses: int = 0
 
@@ -128,6 +129,10 @@ class PagerModel:
         if len(pages | self.pinned) > self.slots:
             raise BudgetError("the pages of one use do not fit the slots at once")
         self.current_site = event.site
+        for page, site in self.site_of.items():
+            if site == event.site:
+                fading = self.frequency.get(page, 0)
+                self.frequency[page] = fading - (fading >> 2) + PAGE_USE * (page in pages)
         instructions = self._pin(pages, count_hits=True)
         self.pinned = set(self.leased or ())
         return instructions
@@ -183,7 +188,3 @@ class PagerModel:
     def _count(self, page: int, hit: bool) -> None:
         self.hits += hit
         self.misses += not hit
-        self.frequency[page] = self.frequency.get(page, 0) + 1
-        self.acquisitions += 1
-        if self.acquisitions % HALVE_EVERY == 0:
-            self.frequency = {number: count // 2 for number, count in self.frequency.items()}

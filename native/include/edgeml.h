@@ -5,7 +5,8 @@
  *   2. Kernels on packed weights, for tests and probes: the section "kernels".
  *   3. A bundle's weights under a memory budget: fill edgeml_options, edgeml_plan says what it would hold, edgeml_open holds
  *      it. Then edgeml_linear, edgeml_experts and edgeml_embed_rows compute, paging experts in as they are needed.
- *   4. The same three as operators of onnxruntime: load this library with register_custom_ops_library and set the session
+ *   4. Bucketed attention, on arrays of the caller: the section "attention".
+ *   5. The same as operators of onnxruntime: load this library with register_custom_ops_library and set the session
  *      configuration entry "edgeml.context" to the decimal edgeml_handle of the context.
  *
  * Every function that can fail returns a status; results go through pointers. Pointers handed in stay the caller's. Functions
@@ -111,6 +112,7 @@ typedef struct edgeml_options {
   uint32_t readers;       /* threads that read: 1 to 16 */
   uint32_t requests;      /* calls that may compute and leases that may be held at once: 1 to 256; more of them wait */
   const char *isa;        /* name of a kernel set, NULL for the best */
+  uint32_t ahead;         /* pages of the next site that idle readers may read during a call; 0: none */
 } edgeml_options;
 
 /* Bytes that a context holds. The budget is pinned + slots x slot + scratch. */
@@ -140,7 +142,8 @@ uint64_t edgeml_handle(const edgeml_context *context);
 /* ---- requests ---- */
 
 /* Counters of routed experts: hits and misses in page acquisitions, bytes of pages read into slots, nanoseconds spent waiting for
- * pages. What is pinned and rows of embedding tables are not counted. */
+ * pages. A page that was read ahead is a hit once it is there; its bytes are the request's that asks for it first. What is pinned
+ * and rows of embedding tables are not counted. */
 typedef struct edgeml_counters {
   uint64_t hits, misses, page_in_bytes, page_wait_ns;
 } edgeml_counters;
@@ -184,6 +187,50 @@ int edgeml_experts(edgeml_context *context, edgeml_request *request, uint32_t si
 
 /* out (n, cols): rows `ids` of a rows page. Errors: BAD_ARGUMENT (value: the bad id), READ_FAILED, TRUNCATED, CHECKSUM. */
 int edgeml_embed_rows(edgeml_context *context, edgeml_request *request, uint32_t page, const int64_t *ids, size_t n, float *out);
+
+/* ---- attention ---- */
+
+/* Bucketed sparse attention. Of tokens i and j that are not padded, query i meets key j where
+ *
+ *     i == j, or either of them is among the first `global_tokens`, or both have one cluster,
+ *     or both have one domain and a confidence above `threshold` each (NaN is not above);
+ *
+ * if `causal`, only where j <= i. y_i is the sum of v_j times the softmax, over the keys it meets, of scale * (q_i . k_j); of a
+ * padded token it is 0. Cost grows with the pairs that meet, and nothing of size tokens x tokens is made. Where more than half
+ * of tokens^2 pairs meet, everything is computed under a mask instead.
+ *
+ * `published` gives the mask of the SCAR paper's code: query i meets key j where both have one cluster, or are both above the
+ * threshold, or both not; padding is attended to like everything else, and `causal` and `global_tokens` must be 0.
+ *
+ * Fields that are not set are 0. Arrays are the caller's, read (y and density: written) during the call only; y overlaps none.
+ */
+typedef struct edgeml_attention {
+  const float *q, *k, *v;                   /* (batch, heads, tokens, head_size) */
+  float *y;                                 /* the same */
+  int32_t token_major;                      /* 1: all four are (batch, tokens, heads, head_size) */
+  size_t batch, heads, tokens, head_size;   /* heads up to 2^16, tokens up to 2^24, head_size up to 2^12 */
+  const int32_t *cluster, *domain;          /* (batch, tokens), in [0, clusters) and [0, domains) where not padded */
+  const float *confidence;                  /* (batch, tokens) */
+  const uint8_t *pad;                       /* (batch, tokens): not 0 where padded; NULL: nowhere */
+  uint32_t clusters, domains;               /* 1 to 2^20 */
+  uint32_t global_tokens;
+  float threshold, scale;                   /* scale 0: 1 / sqrt(head_size) */
+  int32_t causal, published;
+  float *density;                           /* (batch): pairs that meet / tokens^2; or NULL */
+} edgeml_attention;
+
+/* Bytes of working memory that edgeml_scar_attention wants for this call; only the sizes are looked at. 0 where they are out of
+ * range or do not fit together. */
+size_t edgeml_attention_scratch(const edgeml_context *context, const edgeml_attention *attention);
+
+/* Compute y and density. `scratch` has edgeml_attention_scratch bytes for the same context, at any address. With a context its
+ * threads compute, else (NULL) the calling thread alone. `isa` names a kernel set; NULL: the context's, or the preferred one.
+ * Any number of calls may run at once, each with scratch of its own. A result depends neither on the threads nor on the kernel
+ * set, and that of a sequence not on the others of its batch. What is not finite reaches only the rows that meet it (a value only
+ * those that give it a weight above 0). Errors: BAD_ARGUMENT (fault->value: the id outside its range;
+ * then nothing is written), NO_SUCH_ISA. `fault` may be NULL. Allocates nothing. */
+int edgeml_scar_attention(edgeml_context *context, const char *isa, const edgeml_attention *attention, void *scratch,
+                          edgeml_fault *fault);
 
 /* ---- hints and figures ---- */
 

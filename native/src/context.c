@@ -166,7 +166,7 @@ int edgeml_open(const edgeml_options *o, edgeml_context **out, edgeml_fault *fau
   pthread_mutex_init(&c->idle_lock, NULL);
   pthread_cond_init(&c->idle_changed, NULL);
   uint32_t slots = o->slots < p.plan.pageable_pages ? o->slots : p.plan.pageable_pages;
-  status = pager_open(&c->pager, fd, o->direct, p.pages, p.page_count, o->site_count, p.plan.slot_bytes, slots, o->readers);
+  status = pager_open(&c->pager, fd, o->direct, p.pages, p.page_count, o->site_count, p.plan.slot_bytes, slots, o->readers, o->ahead);
   if (pool_open(&c->pool, (int)o->threads) && !status) status = EDGEML_NO_MEMORY;
   if (!status) status = open_scratch(c, o->threads, o->requests);
   if (!status) status = open_row_caches(c);

@@ -182,6 +182,12 @@ static int try_start(call *c, use *in_use, page *p) {
   return 1;
 }
 
+static void read_ahead(const call *c) {
+  const site *next = &c->context->sites[(c->site_number + 1) % c->context->site_count];
+  if (c->deferred || (c->request && c->request->leased)) return; /* a lease holds all that its request may use */
+  pager_read_ahead(&c->context->pager, next->pages, next->page_count);
+}
+
 static void pin_pages(call *c) {
   pager *pg = &c->context->pager;
   for (uint32_t u = 0; u < c->site->page_count; u++) {
@@ -189,16 +195,18 @@ static void pin_pages(call *c) {
       c->fault = (edgeml_fault){.status = EDGEML_NOT_LEASED, .page = c->site->pages[u], .offset = page_of(c, u)->offset};
   }
   if (c->fault.status) return;
-  pg->current_site = c->site_number;
+  pager_visit(pg, c->site_number, c->site->pages, c->site->page_count);
   for (int absent = 0; absent < 2; absent++) { /* residents first, so that none of them is given up for the others */
     for (uint32_t u = 0; u < c->site->page_count; u++) {
       use *in_use = &c->scratch->uses[u];
       page *p = page_of(c, u);
       if (!in_use->jobs || in_use->pinned || (p->state != PAGE_RESIDENT) != absent) continue;
       pager_count(pg, p, c->request);
+      pager_needs(p);
       c->deferred += !try_start(c, in_use, p);
     }
   }
+  read_ahead(c);
 }
 
 static int start_deferred(call *c, int wait) {
@@ -213,6 +221,7 @@ static int start_deferred(call *c, int wait) {
       c->in_line = 0, in_use->pinned = in_use->loaded = 1;
     }
     c->deferred--;
+    read_ahead(c);
     return 1;
   }
   return 0;

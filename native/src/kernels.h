@@ -2,8 +2,9 @@
  *
  * Every table gives the same bits. Block sums are exact integers; float steps are single multiplications and additions in one
  * fixed order, never fused; polynomials are evaluated alike everywhere; and a result that is not a number is always the same
- * quiet NaN, because its sign and payload are where processors differ. So a table may be chosen for speed alone, and a test on
- * one machine speaks for the others. This promise needs the default rounding mode and -ffp-contract=off.
+ * quiet NaN, because its sign and payload are where processors differ. (Attention does fuse, everywhere the same: scar.h.) So a
+ * table may be chosen for speed alone, and a test on one machine speaks for the others. This promise needs the default rounding
+ * mode and -ffp-contract=off.
  *
  * Tiles are 16 rows x 32 columns (see edgeml/kernels.py for their bytes). All functions allocate nothing, cannot fail, and may
  * run from several threads on different rows. Nothing needs more alignment than its type has; tiles may lie at any address.
@@ -26,6 +27,8 @@ enum { TILE_BYTES_F32 = 2048, TILE_BYTES_INT8 = 544, TILE_BYTES_INT4 = 288 };
 typedef void edgeml_matmul_int(const void *tiles, size_t rows, size_t k, size_t row_begin, size_t row_end, const int8_t *q,
                                const float *scale, const int32_t *qsum, size_t n, const float *bias, float *y, size_t ldy);
 
+struct attend;
+
 typedef struct edgeml_kernels {
   const char *name; /* "scalar", "avx2", "avx512vnni", "neon", "neon-dotprod" */
 
@@ -42,6 +45,7 @@ typedef struct edgeml_kernels {
 
   void (*activate)(int activation, float *y, size_t n);         /* in place */
   void (*axpy)(float *out, float w, const float *y, size_t n); /* out = out + w * y */
+  void (*attend)(const struct attend *attend);                  /* scar.h */
 } edgeml_kernels;
 
 /* The table of this name; NULL names the best one for this processor. NULL for a name unknown or of no use here. */

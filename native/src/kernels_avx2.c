@@ -8,6 +8,7 @@
 #define LANES 8
 #define MOST_TOKENS 4
 #include "kernels_vector.h"
+#include "scar.h"
 
 INLINE real tile_scales(const uint8_t *scales, int part) {
   return (real)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(scales + 16 * part)));
@@ -90,4 +91,5 @@ void edgeml_quantize_avx2(const float *x, size_t n, size_t k, int8_t *q, float *
   }
 }
 
-const edgeml_kernels edgeml_kernels_avx2 = {"avx2", edgeml_quantize_avx2, matmul_int8, matmul_int4, matmul_f32, activate, axpy};
+const edgeml_kernels edgeml_kernels_avx2 = {
+    "avx2", edgeml_quantize_avx2, matmul_int8, matmul_int4, matmul_f32, activate, axpy, edgeml_attend_avx2};

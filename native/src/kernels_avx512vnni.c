@@ -6,6 +6,7 @@
 #define LANES 16
 #define MOST_TOKENS 8
 #include "kernels_vector.h"
+#include "scar.h"
 
 INLINE real tile_scales(const uint8_t *scales, int part) {
   (void)part;
@@ -39,4 +40,5 @@ INLINE void tile_sums(int type, int tokens, int part, const uint8_t *tile, const
   UNROLL for (int t = 0; t < tokens; t++) sums[t] = (whole)sum[t];
 }
 
-const edgeml_kernels edgeml_kernels_avx512vnni = {"avx512vnni", edgeml_quantize_avx2, matmul_int8, matmul_int4, matmul_f32, activate, axpy};
+const edgeml_kernels edgeml_kernels_avx512vnni = {
+    "avx512vnni", edgeml_quantize_avx2, matmul_int8, matmul_int4, matmul_f32, activate, axpy, edgeml_attend_avx512};

@@ -19,7 +19,7 @@ static void add(const edgeml_kernels *table) { runnable[runnable_count++] = tabl
 static void detect(void) {
   __builtin_cpu_init();
   add(&edgeml_kernels_scalar);
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("f16c")) return;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return;
   add(&edgeml_kernels_avx2);
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512vnni"))

@@ -12,6 +12,7 @@
 #define LANES 4
 #define MOST_TOKENS 4
 #include "kernels_vector.h"
+#include "scar.h"
 
 INLINE real tile_scales(const uint8_t *scales, int part) {
   return (real)vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(scales + 8 * part)));
@@ -138,7 +139,9 @@ static void quantize(const float *x, size_t n, size_t k, int8_t *q, float *scale
 }
 
 #ifdef DOTPROD
-const edgeml_kernels edgeml_kernels_neon_dotprod = {"neon-dotprod", quantize, matmul_int8, matmul_int4, matmul_f32, activate, axpy};
+const edgeml_kernels edgeml_kernels_neon_dotprod = {
+    "neon-dotprod", quantize, matmul_int8, matmul_int4, matmul_f32, activate, axpy, edgeml_attend_neon};
 #else
-const edgeml_kernels edgeml_kernels_neon = {"neon", quantize, matmul_int8, matmul_int4, matmul_f32, activate, axpy};
+const edgeml_kernels edgeml_kernels_neon = {
+    "neon", quantize, matmul_int8, matmul_int4, matmul_f32, activate, axpy, edgeml_attend_neon};
 #endif

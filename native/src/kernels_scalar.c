@@ -1,5 +1,6 @@
 /* Plain C: the way out for processors without a kernel of their own, and what the other tables are tested against. */
 #include "kernels.h"
+#include "scar.h"
 
 #include <string.h>
 
@@ -118,4 +119,5 @@ static void axpy(float *out, float w, const float *y, size_t n) {
   for (size_t i = 0; i < n; i++) out[i] = canonical(out[i] + w * y[i]);
 }
 
-const edgeml_kernels edgeml_kernels_scalar = {"scalar", quantize, matmul_int8, matmul_int4, matmul_f32, activate, axpy};
+const edgeml_kernels edgeml_kernels_scalar = {
+    "scalar", quantize, matmul_int8, matmul_int4, matmul_f32, activate, axpy, edgeml_attend_scalar};

@@ -12,7 +12,14 @@
  * Eviction, among residents without pins: lowest priority first, then the largest distance to the next use, then the lowest
  * frequency, then the smallest id. Layers are visited in a cycle, so the next use of a page is known from its site: the distance
  * is (site - current site) modulo the number of sites, and that number itself for pages of the current site, which come last.
- * Frequency is the number of acquisitions, halved for all pages after every 4096. edgeml/policy.py is the same table in Python.
+ * Frequency: each call at a site takes a quarter from all pages of the site and adds PAGE_USE to those it needs, so that old calls
+ * fade in the site's own time. edgeml/policy.py is the same table in Python.
+ *
+ * Reading ahead. Between two sites onnxruntime computes, and near the end of a site some readers have nothing left to do. They
+ * then take pages of the site that comes next: those that about every other visit of their site used lately, the most used first,
+ * and no more than `ahead` of them, so that few slots move from site to site and the others stay where the rule above put them.
+ * It wants a victim that ranks below the page, never waits, and steps back while somebody waits for a slot. The bytes count for
+ * the request that asks for the page first, and for none where nobody does.
  */
 #ifndef EDGEML_PAGER_H
 #define EDGEML_PAGER_H
@@ -44,9 +51,10 @@ typedef struct page {
   uint8_t queued;         /* waits for a reader */
   uint8_t demanded;       /* somebody needs it now: read before hints */
   uint8_t state;          /* enum page_state */
+  uint8_t ahead;          /* read ahead and not asked for since */
   uint32_t slot;          /* while loading or resident, else NO_SLOT */
   uint32_t pins;
-  uint32_t frequency;     /* acquisitions, halved from time to time */
+  uint32_t frequency;     /* fading count of the calls that needed it, at most 4 x PAGE_USE */
   int32_t priority;
   uint64_t turn;          /* order of queueing */
   const uint8_t *data;    /* the page's bytes while resident or pinned */
@@ -65,11 +73,14 @@ typedef struct pager {
   uint32_t *slot_page;    /* (slots): the page that has the slot, or UINT32_MAX */
   uint32_t *slot_of_free; /* stack of free slots */
   uint32_t free_count, queued_count, loading_count;
-  uint64_t next_ticket, served_ticket, next_turn, acquisitions;
+  uint64_t next_ticket, served_ticket, next_turn;
   int fd, direct_fd;      /* direct_fd: -1 where the file system has no O_DIRECT */
   int direct, stopping;
   pthread_t readers[16];
   uint32_t reader_count;
+  uint32_t ahead;         /* pages that may be read ahead between two visits */
+  const uint32_t *next_pages; /* (next_count): pages of the site that comes next */
+  uint32_t next_count, ahead_left;
   edgeml_counters total, *sites;
   uint64_t evictions, retries, failures;
 } pager;
@@ -79,7 +90,7 @@ int pages_parse(const void *index, size_t index_bytes, page **out, uint32_t *cou
 
 /* `pages` has sites filled in. Owns `fd` and `pages` from here on, also when it fails: pager_close frees them. */
 int pager_open(pager *pager, int fd, int direct, page *pages, uint32_t count, uint32_t sites, uint64_t slot_bytes, uint32_t slots,
-               uint32_t readers);
+               uint32_t readers, uint32_t ahead);
 void pager_close(pager *pager);
 
 /* Read a page to `to` (room for its length rounded up to OS_PAGE), check it, once more past the cache if that fails. No lock. */
@@ -89,6 +100,14 @@ edgeml_fault pager_read(pager *pager, const page *page, uint8_t *to);
 int pager_read_plain(int fd, uint8_t *to, uint64_t length, uint64_t offset, int *error);
 
 /* The rest needs the lock. `request` may be NULL. */
+
+/* A call at `site`, whose pages these are, begins; and: it needs this one. */
+void pager_visit(pager *pager, uint32_t site, const uint32_t *pages, uint32_t count);
+void pager_needs(page *page);
+
+/* The call's pages are all on their way: readers with nothing to do may turn to `pages`, those of the site that comes next,
+ * until the next visit. The list outlives the pager. */
+void pager_read_ahead(pager *pager, const uint32_t *pages, uint32_t count);
 
 /* Count an acquisition: a hit where the page is resident. */
 void pager_count(pager *pager, page *page, edgeml_request *request);

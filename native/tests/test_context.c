@@ -100,7 +100,7 @@ static void make(fixture *f) {
 }
 
 static edgeml_context *open_with(const fixture *f, uint32_t slots, uint32_t threads, int direct) {
-  edgeml_options o = {f->fd, direct, f->index, sizeof f->index, f->sites, SITES, slots, threads, 2, 2, NULL};
+  edgeml_options o = {f->fd, direct, f->index, sizeof f->index, f->sites, SITES, slots, threads, 2, 2, NULL, 3};
   edgeml_context *c;
   edgeml_fault fault;
   int status = edgeml_open(&o, &c, &fault);
@@ -255,7 +255,7 @@ static void await_tickets(edgeml_context *c, uint64_t count) {
 /* A compute thread that wakes only while its call waits in the line for slots, when others have read the call's page: it must
  * not pin that page a second time. */
 static void late_worker(const fixture *f) {
-  edgeml_options o = {f->fd, 0, f->index, sizeof f->index, f->sites, SITES, EXPERTS, 2, 2, 8, NULL};
+  edgeml_options o = {f->fd, 0, f->index, sizeof f->index, f->sites, SITES, EXPERTS, 2, 2, 8, NULL, 2};
   edgeml_context *c;
   edgeml_request first;
   uint32_t pages[EXPERTS] = {0, 1, 2, 3, 4, 5};
@@ -309,7 +309,7 @@ static void requests(const fixture *f) {
 }
 
 static void no_descriptors(const fixture *f) {
-  edgeml_options o = {f->fd, 0, f->index, sizeof f->index, f->sites, SITES, 1, 1, 1, 1, NULL};
+  edgeml_options o = {f->fd, 0, f->index, sizeof f->index, f->sites, SITES, 1, 1, 1, 1, NULL, 0};
   edgeml_context *c;
   struct rlimit limit, none;
   assert(getrlimit(RLIMIT_NOFILE, &limit) == 0);
@@ -340,7 +340,7 @@ static void absurd_sizes(void) {
     refs[i].page = i;
   }
   edgeml_site sites[] = {{refs, NULL, 1, 0, 1 << 20, 1}, {refs + 1, NULL, MANY - 1, 0, 32, 1}};
-  edgeml_options o = {0, 0, index, 128ul * MANY, sites, 2, MANY, 1, 1, 1, NULL};
+  edgeml_options o = {0, 0, index, 128ul * MANY, sites, 2, MANY, 1, 1, 1, NULL, 0};
   edgeml_context *c;
   assert(edgeml_plan(&o, &plan) == EDGEML_NO_MEMORY && edgeml_open(&o, &c, NULL) == EDGEML_NO_MEMORY);
   put(index + 128 + 8, ALIGN, 8); /* page 1 inside page 0 */
@@ -357,7 +357,7 @@ static void broken_index(const fixture *f) {
     for (int bit = 0; bit < 8; bit++) {
       memcpy(index, f->index, sizeof index);
       index[at] ^= (uint8_t)(1 << bit);
-      edgeml_options o = {f->fd, 0, index, sizeof index, f->sites, SITES, 1, 1, 1, 1, NULL};
+      edgeml_options o = {f->fd, 0, index, sizeof index, f->sites, SITES, 1, 1, 1, 1, NULL, 0};
       int status = edgeml_plan(&o, &plan);
       assert(status == EDGEML_OK || status == EDGEML_BAD_INDEX || status == EDGEML_BAD_ARGUMENT);
     }
