@@ -172,8 +172,8 @@ def test_towards_a_target_the_cheapest_cut_is_made(trained: tuple[Residual, list
     objectives = losses("task0", "task1")
     calibrated = Calibration(batches, objectives, 1.0)
     result = prune(net, EXAMPLE, objectives, batches, target_macs=0.3, subset=1.0, align=4)
-    size = macs_and_parameters(net, EXAMPLE)
-    goal = Goal(*size, 0.3)
+    size = (*macs_and_parameters(net, EXAMPLE), 1.0)
+    goal = Goal(size, (0.3, 0.0, 0.0))
     search = Search(EXAMPLE, calibrated, lambda module: 0.0, Plan(align=4), Journal(None, ""), lambda cut: None)
 
     def price(name: str) -> float:
@@ -181,7 +181,7 @@ def test_towards_a_target_the_cheapest_cut_is_made(trained: tuple[Residual, list
         smaller = maker.build(maker.kept(next_width(maker.channels, 4)))
         before, after = (calibrated.subset_losses(module) for module in (net, smaller))
         growth = sum(math.log(after[task] / before[task]) for task in before) / len(before)
-        return growth / (goal.way(*size) - goal.way(*macs_and_parameters(smaller, EXAMPLE)))
+        return growth / (goal.way(size) - goal.way((*macs_and_parameters(smaller, EXAMPLE), 1.0)))
 
     made = result.decisions[0][1].group
     assert price(made) <= min(price(group.name) for group in result.groups) + 1e-3
@@ -195,6 +195,11 @@ def test_towards_a_target_a_cost_of_the_callers_sets_the_prices(trained: tuple[R
     names = [cut.group for _, cut in result.decisions]
     assert set(names[: names.count("a.1.0")]) == {"a.1.0"}
     assert result.cost == (24.0, 4.0)
+    half = pruned(trained, target_cost=0.5, cost=cost)
+    assert {cut.group for _, cut in half.decisions} == {"a.1.0"}
+    assert half.cost == (24.0, 12.0)
+    with pytest.raises(QualityRefused, match=r"no cut removes 90% of the cost \(83% is all\)"):
+        pruned(trained, target_cost=0.9, cost=cost)
 
 
 def test_a_broken_off_target_goes_on(trained: tuple[Residual, list[Any]], tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def prune(
     only: Collection[str] | None = None,
     target_macs: float | None = None,
     target_parameters: float | None = None,
+    target_cost: float | None = None,
     rounds: int = 1,
     keep: float = 1.0,
     subset: float = 0.5,
@@ -71,8 +72,8 @@ def prune(
     align: channel counts stay multiples of it and never fall below it.
     cost: what is to fall: "macs", or a function of a network, such as its measured seconds on the target.
     protect, only: module names; a container stands for what it holds. Groups that end in an output are never cut.
-    target_macs, target_parameters: in place of `bound`, shares to remove (0 to 1): the cheapest cuts are made until both are
-        reached (reach.py); `delta0` and `keep` do not matter then.
+    target_macs, target_parameters, target_cost: in place of `bound`, shares to remove (0 to 1): the cheapest cuts are made until
+        all that are given are reached (reach.py); `delta0` and `keep` do not matter then.
     rounds: how often search, then `fine_tune`, are run.
     keep: the share of a pass's cuts that the filter by loss per cost leaves.
     subset: the share of the calibration batches on which cuts are searched; the whole set confirms what a bound allows.
@@ -83,14 +84,15 @@ def prune(
     Raises `UsageError` for settings and networks that cannot be pruned, `DataError` for calibration data or losses that cannot
     serve, `QualityRefused` where a target cannot be reached.
     """
-    wanted = target_macs is not None or target_parameters is not None
+    targets = target_macs, target_parameters, target_cost
+    wanted = any(target is not None for target in targets)
     settings = {
-        "bound": None if wanted else bound, "targets": [target_macs, target_parameters], "delta0": delta0, "align": align, "rounds": rounds,
+        "bound": None if wanted else bound, "targets": targets, "delta0": delta0, "align": align, "rounds": rounds,
         "keep": keep, "subset": subset, "compensate": compensate, "seed": seed, "protect": sorted(protect),
         "only": only and sorted(only), "tasks": list(losses), "batches": len(calibration), "tuned": fine_tune is not None,
         "cost": "macs" if cost == "macs" else "own",
     }  # fmt: skip
-    _check(bound, delta0, align, (target_macs, target_parameters), rounds, keep, subset)
+    _check(bound, delta0, align, targets, rounds, keep, subset)
     data = Calibration(calibration, losses, subset)
     work = copy.deepcopy(module).eval()
     found, refused = find_groups(work, example, protect, only)
@@ -103,7 +105,7 @@ def prune(
     for number in range(1, rounds + 1):
         share = number / rounds
         if wanted:
-            run.towards(number, (target_macs or 0.0) * share, (target_parameters or 0.0) * share, own_cost=cost != "macs")
+            run.towards(number, [(target or 0.0) * share for target in targets], own_cost=cost != "macs")
         else:
             run.within(number, bound**share)
         if fine_tune is not None:
@@ -140,19 +142,20 @@ class _Run:
         self.step, cuts = self.search.sweep(f"{round_}/1", self.step, [group.name for group in self.found], limits)
         self.decisions += [(round_, made) for made in cuts]
 
-    def towards(self, round_: int, macs: float, parameters: float, own_cost: bool) -> None:
-        """A round that makes the cheapest cuts until these shares of MACs and parameters are gone."""
+    def towards(self, round_: int, shares: Sequence[float], own_cost: bool) -> None:
+        """A round that makes the cheapest cuts until these shares of MACs, parameters and cost are gone."""
         self.at = round_, 1
-        goal = Goal(*self.size, macs, parameters, own_cost)
-        self.step, cuts = reach(self.search, f"{round_}", self.step, [group.name for group in self.found], goal)
+        macs, parameters, cost = shares
+        goal = Goal((*self.size, self.start.cost), (macs, parameters, cost), own_cost)
+        self.step, cuts, left = reach(self.search, f"{round_}", self.step, [group.name for group in self.found], goal)
         self.decisions += [(round_, made) for made in cuts]
-        after = macs_and_parameters(self.step.module, self.example)
-        if goal.way(*after) > 0:
-            gone = [1 - now / before for now, before in zip(after, self.size, strict=True)]
-            wanted = f"{macs:.0%} of the MACs" + (f" and {parameters:.0%} of the parameters" if parameters else "")
+        if left > 0:
+            after = (*macs_and_parameters(self.step.module, self.example), self.step.cost)
+            kinds = zip(("MACs", "parameters", "cost"), after, goal.reference, shares, strict=True)
+            short = [f"{share:.0%} of the {kind} ({1 - now / before:.0%} is all)" for kind, now, before, share in kinds if share]
             raise QualityRefused(
-                f"no cut removes {wanted}: {gone[0]:.0%} and {gone[1]:.0%} is all that "
-                f"{len(self.found)} groups of at least {self.plan.align} channels hold; lower the target or align, or protect less"
+                f"no cut removes {' and '.join(short)} that {len(self.found)} groups of at least {self.plan.align} channels hold; "
+                "lower the target or align, or protect less"
             )
 
     def tune(self, round_: int, fine_tune: FineTune, bound: float | None) -> None:
@@ -195,9 +198,9 @@ def _check(
     bound: float, delta0: float | None, align: int, targets: tuple[float | None, ...], rounds: int, keep: float, subset: float
 ) -> None:
     """Refuse settings before any work."""
-    if targets == (None, None):
+    if targets == (None, None, None):
         tolerances(bound, 1 if delta0 is None else 2, delta0)
-    for name, target in zip(("target_macs", "target_parameters"), targets, strict=True):
+    for name, target in zip(("target_macs", "target_parameters", "target_cost"), targets, strict=True):
         if target is not None and not 0 < target < 1:
             raise UsageError(f"{name} is the share to remove, between 0 and 1, not {target}")
     if align < 1 or rounds < 1:

@@ -1,4 +1,4 @@
-"""Cuts until wanted shares of the network are gone, cheapest first; what `target_macs` and `target_parameters` do.
+"""Cuts until wanted shares of the network are gone, cheapest first; what `target_macs` and its like do.
 
 A bound says how much loss may be spent, a target says how much must go. Under a target the greedy search of search.py turns
 round: of all groups' next cuts the one with the lowest price is made,
@@ -6,8 +6,8 @@ round: of all groups' next cuts the one with the lowest price is made,
     price = mean over tasks of log(L_t(cut) / L_t)  /  way saved ,
 
 each measured, as there, on the network pruned so far. The way that is left is the sum of what MACs and parameters still exceed
-their targets by, as shares of the reference, so that nothing is paid for what is not wanted; with a cost of the caller's, it is
-that cost. A price is measured again only when its group comes up first (prices seldom fall as others are cut); so a cut takes
+their targets by, as shares of the reference, so that nothing is paid for what is not wanted; with a cost of the caller's, what
+is saved is that cost. A price is measured again only when its group comes up first (prices seldom fall as others are cut); so a cut takes
 about two measurements, not one per group.
 
 Equal tolerances, raised pass by pass until the target is met, were tried before: they spend as much on a group that holds little
@@ -30,23 +30,23 @@ from edgeml_export.prune.search import Cut, Maker, Search, Step
 
 __all__ = ["Goal", "reach"]
 
-LAST = 1e300  # the price of a cut by which a measured cost does not fall (it may be noise, or channels that a vector unit pads)
+#: Of a measured cost a cut is credited with at least this part of its share of the MACs: a reading that does not fall may be noise,
+#: or channels that a vector unit pads, of which a further cut will be rid.
+CREDIT = 0.25
 
 
 @dataclass(frozen=True)
 class Goal:
-    """Shares to remove of the network that had `macs` and `parameters`; 0 where there is none."""
+    """Shares to remove of the reference's MACs, parameters and cost; 0 where there is no target."""
 
-    macs: float
-    parameters: float
-    share_macs: float
-    share_parameters: float = 0.0
-    own_cost: bool = False  # prices are per cost of the caller's, which need not be in proportion to either
+    reference: tuple[float, float, float]
+    shares: tuple[float, float, float]
+    own_cost: bool = False  # prices are per cost of the caller's, which need not be in proportion to MACs
 
-    def way(self, macs: float, parameters: float) -> float:
-        """How far there is to go, in shares of the reference; 0 where both targets are met."""
-        left = macs / self.macs - (1 - self.share_macs), parameters / self.parameters - (1 - self.share_parameters)
-        return max(left[0], 0.0) + max(left[1], 0.0)
+    def way(self, measured: Sequence[float]) -> float:
+        """How far there is to go, in shares of the reference; 0 where all targets are met."""
+        each = zip(measured, self.reference, self.shares, strict=True)
+        return sum(max(now / before - (1 - share), 0.0) for now, before, share in each if share)
 
 
 @dataclass(order=True)
@@ -59,8 +59,8 @@ class _Offer:
     keep: Sequence[int] = field(default=(), compare=False)
 
 
-def reach(search: Search, key: str, start: Step, names: Sequence[str], goal: Goal) -> tuple[Step, list[Cut]]:
-    """Cut until the way to `goal` is 0 or no group has a width left. `key` names the round in the journal."""
+def reach(search: Search, key: str, start: Step, names: Sequence[str], goal: Goal) -> tuple[Step, list[Cut], float]:
+    """Cut until the way to `goal` is 0 or no group has a width left; the way is given too. `key` names the round in the journal."""
     descent = _Descent(search, key, start, goal)
     offers = [_Offer(-math.inf, name) for name in names]
     heapq.heapify(offers)
@@ -75,7 +75,7 @@ def reach(search: Search, key: str, start: Step, names: Sequence[str], goal: Goa
                 continue
         descent.take(offer)
         heapq.heappush(offers, _Offer(offer.price, offer.name))
-    return search.measured(descent.module), descent.cuts
+    return search.measured(descent.module), descent.cuts, descent.left
 
 
 class _Descent:
@@ -115,13 +115,17 @@ class _Descent:
         keep = maker.kept(width)
         module, losses, _ = self._try(maker, keep)
         growth = [ratio(losses[task], self.losses[task]) for task in losses]
-        way, saved = self.left - self._left(module), self.cost - self.search.cost(module)
-        if not way > 0 or not all(map(math.isfinite, growth)):
+        saved = self._saved(module)
+        if not all(map(math.isfinite, growth)) or not saved > 0:
             return None, []
-        if self.goal.own_cost and not saved > 0:
-            return LAST, keep
-        spent = sum(math.log(max(value, 1e-12)) for value in growth) / len(growth)
-        return spent / (saved if self.goal.own_cost else way), keep
+        return sum(math.log(max(value, 1e-12)) for value in growth) / len(growth) / saved, keep
+
+    def _saved(self, module: nn.Module) -> float:
+        cost, left, macs = self._size(module)
+        if not self.goal.own_cost:
+            return self.left - left
+        all_macs, _, whole = self.goal.reference
+        return max((self.cost - cost) / whole, CREDIT * (self.macs - macs) / all_macs)
 
     def _try(self, maker: Maker, keep: Sequence[int]) -> tuple[nn.Module, Losses, int]:
         module = maker.build(keep)
@@ -129,8 +133,10 @@ class _Descent:
         return self._tried[maker.name]
 
     def _arrive(self, module: nn.Module, losses: Losses) -> None:
-        self.module, self.losses, self.cost, self.left = module, losses, self.search.cost(module), self._left(module)
+        self.module, self.losses, (self.cost, self.left, self.macs) = module, losses, self._size(module)
         self._tried: dict[str, tuple[nn.Module, Losses, int]] = {}
 
-    def _left(self, module: nn.Module) -> float:
-        return self.goal.way(*macs_and_parameters(module, self.search.example))
+    def _size(self, module: nn.Module) -> tuple[float, float, float]:
+        """What the network costs, the way that it leaves, and its MACs."""
+        cost, (macs, parameters) = self.search.cost(module), macs_and_parameters(module, self.search.example)
+        return cost, self.goal.way((macs, parameters, cost)), macs
