@@ -24,6 +24,7 @@ from typing import Any
 
 from edgeml.bundle import Bundle, Page, PageKind
 from edgeml.errors import BundleError
+from edgeml.manifest_groups import GroupRouter, Way, read_router
 from edgeml.manifest_reader import Reader, is_number, unique
 
 __all__ = [
@@ -44,7 +45,7 @@ __all__ = [
 
 FORMAT = 1
 STAGE_INPUTS = frozenset({"ids", "types", "hidden0", "mask", "bias", "hidden", "image", "features", *(f"features_{i}" for i in range(8))})
-STAGE_OUTPUT = re.compile(r"hidden0|bias|hidden|scores|vector|map|features(_[0-7])?|ids_(0|[1-9][0-9]{0,5})")
+STAGE_OUTPUT = re.compile(r"hidden0|groups|bias|hidden|scores|vector|map|features(_[0-7])?|ids_(0|[1-9][0-9]{0,5})")
 MAX_TOKENS = 65536
 MAX_SIDE = 8192
 #: Kind of task -> (what its head answers, the metrics it may have). Class ids of a map are bytes.
@@ -56,7 +57,7 @@ KINDS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 }
 EDGE_LABELS = ("no edge", "edge")
 REQUIRED = frozenset({"format", "producer", "stages", "sites", "tasks"})
-OPTIONAL = frozenset({"model", "usage", "variants", "evidence", "provenance"})
+OPTIONAL = frozenset({"model", "usage", "variants", "router", "evidence", "provenance"})
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,7 @@ class Manifest:
     variants: tuple[Variant, ...]
     evidence: Mapping[str, Any]
     provenance: Mapping[str, Any]
+    router: GroupRouter | None = None
 
 
 def load_manifest(bundle: Bundle) -> Manifest:
@@ -248,7 +250,15 @@ def parse_manifest(document: Mapping[str, Any], pages: Sequence[Page]) -> Manife
         variants=variants,
         evidence=root.mapping("evidence", optional=True),
         provenance=root.mapping("provenance", optional=True),
+        router=_router(root, stages, tasks),
     )
+
+
+def _router(root: Reader, stages: Sequence[Stage], tasks: Sequence[Task]) -> GroupRouter | None:
+    if "router" not in root.document or root.document["router"] is None:
+        return None
+    ways = {t.name: Way(t.stages.embed, t.stages.trunk, t.preprocess) for t in tasks if isinstance(t.stages, TaskStages)}
+    return read_router(root.child("router"), {stage.name: (stage.inputs, stage.outputs) for stage in stages}, ways)
 
 
 def _stage(item: Reader, pages: Sequence[Page]) -> Stage:

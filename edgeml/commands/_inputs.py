@@ -15,7 +15,7 @@ from edgeml.manifest import ImageStages, Manifest, Task
 from edgeml.preprocess import check_text
 from edgeml.session import find_task
 
-__all__ = ["choose_task", "choose_tasks", "given_rows", "on_images", "read_rows"]
+__all__ = ["any_rows", "choose_task", "choose_tasks", "given_rows", "no_task_named", "on_images", "read_rows"]
 
 
 def choose_task(manifest: Manifest, name: str | None, where: str) -> Task:
@@ -51,6 +51,27 @@ def on_images(task: Task) -> bool:
     return isinstance(task.stages, ImageStages)
 
 
+def no_task_named(manifest: Manifest, name: str | None, images: bool) -> bool:
+    """Whether it is for the bundle's router to find the task: none was named, there are several, and there is a router."""
+    return name is None and not images and manifest.router is not None and len(manifest.tasks) > 1
+
+
+def any_rows(texts: Sequence[str], text_pairs: Sequence[str], source: str | None) -> Iterator[Row]:
+    """As `given_rows` where no task says whether it wants pairs: those of `--text` are all of one form, a file's rows of either."""
+    if bool(texts) == (source is not None):
+        raise UsageError('give either --text "..." or --input FILE')
+    if source is not None:
+        if text_pairs:
+            raise UsageError("--text-pair goes with --text; in a file it is the key text_pair")
+        return read_rows(source, None)
+    if text_pairs and len(texts) != len(text_pairs):
+        raise UsageError("add a --text-pair for each --text, or for none")
+    rows = [Row(text, text_pairs[number] if text_pairs else None) for number, text in enumerate(texts)]
+    for number, row in enumerate(rows):
+        _check(row, "--text" if len(rows) == 1 else f"--text number {number + 1}")
+    return iter(rows)
+
+
 def given_rows(task: Task, texts: Sequence[str], text_pairs: Sequence[str], source: str | None) -> Iterator[Row]:
     """The rows to answer, checked, from `--text`, `--text-pair` and `--input`. Raises `UsageError`, and `DataError` naming the row."""
     if bool(texts) == (source is not None):
@@ -69,8 +90,11 @@ def given_rows(task: Task, texts: Sequence[str], text_pairs: Sequence[str], sour
     return iter(rows)
 
 
-def read_rows(source: str, pair: bool) -> Iterator[Row]:
-    """Rows of a JSON lines file, or of standard input for `-`, as they are asked for. Raises `DataError` naming the line."""
+def read_rows(source: str, pair: bool | None) -> Iterator[Row]:
+    """Rows of a JSON lines file, or of standard input for `-`, as they are asked for; None for `pair` takes rows of either form.
+
+    Raises `DataError` naming the line.
+    """
     with _opened(source) as stream:
         number = 0
         while line := _line(stream, f"{source}:{number + 1}"):
@@ -102,15 +126,15 @@ def _line(stream: IO[bytes], where: str) -> bytes:
     return line
 
 
-def _row(line: bytes, where: str, pair: bool) -> Row:
+def _row(line: bytes, where: str, pair: bool | None) -> Row:
     try:
         document = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f'{where}: not a JSON row such as {{"text": "..."}} ({error})') from None
-    row = parse_row(document, where, pair=pair)
-    if not pair and row.pair is not None:
+    row = parse_row(document, where, pair=bool(pair))
+    if pair is False and row.pair is not None:
         raise DataError(f"{where}: this task takes single texts, not pairs")
     _check(row, where)
     return row

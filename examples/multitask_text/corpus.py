@@ -46,12 +46,12 @@ class Batch:
 
 
 class Corpus:
-    """One split of all tasks."""
+    """One split of all tasks; texts are cut at `max_tokens` (None: where tasks.toml says)."""
 
-    def __init__(self, split: str, limit: int | None = None) -> None:
+    def __init__(self, split: str, limit: int | None = None, max_tokens: int | None = None) -> None:
         recipe = tomllib.loads((HERE / "tasks.toml").read_text("utf-8"))
         self.tasks: list[TaskData] = find_tasks(data_root(), recipe["tasks"])
-        self.max_tokens: int = recipe["max_tokens"]
+        self.max_tokens: int = recipe["max_tokens"] if max_tokens is None else max_tokens
         tokenizer = TextPreprocessor((source_directory() / "tokenizer.json").read_bytes(), self.max_tokens)
         self.ids: list[np.ndarray] = []
         self.types: list[np.ndarray] = []
