@@ -8,6 +8,7 @@
     |-- InputError          3   a file or a text is not what it should be
     |   |-- BundleError     3   the bundle breaks a rule of the format
     |   `-- DataError       3   a data file or an input row breaks its rules
+    |-- NotAnswered         4   a submitted request was refused, cancelled or too late; nothing is wrong with it
     `-- DeviceError         4   the machine failed us
         `-- PageError       4   a page could not be read, or its checksum is wrong
 
@@ -24,6 +25,7 @@ __all__ = [
     "EdgemlError",
     "InputError",
     "MissingExtra",
+    "NotAnswered",
     "PageError",
     "QualityRefused",
     "UsageError",
@@ -71,6 +73,10 @@ class BundleError(InputError):
 
 class DataError(InputError):
     """A data file or an input row breaks its rules."""
+
+
+class NotAnswered(EdgemlError):
+    """A submitted request was refused, cancelled or too late."""
 
 
 class DeviceError(EdgemlError):

@@ -25,7 +25,7 @@ from answers import Questions, read_questions
 from benchlib import MODEL, Verdict, finish, parser, progress, run, shared_text, verdict
 from numpy.typing import NDArray
 
-import edgeml.session
+import edgeml.batching
 from edgeml import native
 from edgeml.bundle import Bundle, PageKind
 from edgeml.data import Row
@@ -41,7 +41,7 @@ CLOSE = 1e-3
 TOKENS = 33  # a token count that fills no block of any kernel
 
 # A call of 32 rows is to be one batch of 32 here, however long its rows are.
-edgeml.session.BATCH_TOKENS = 1 << 30
+edgeml.batching.BATCH_TOKENS = 1 << 30
 
 
 def choose(questions: Sequence[Questions], inputs: int) -> list[tuple[str, bool, list[Row]]]:

@@ -1,0 +1,136 @@
+"""Submitted requests as the scheduler takes them: cut into steps, each a batch as `Session.run` would cut it; steps of several requests of
+one task are computed together where they fit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeml.batching import joined
+from edgeml.manifest import Task
+from edgeml.preprocess import TextBatch
+from edgeml.result import Counters, Result
+from edgeml.router import ResidentSet
+from edgeml.scheduler_events import Step, WorkingSet
+
+__all__ = ["ImageWork", "SessionEngine", "TextWork"]
+
+Floats = NDArray[np.float32]
+Batches = Iterable[tuple[NDArray[np.intp], TextBatch]]
+
+
+class TextWork:
+    """Texts of one task: `batches` with the rows each came from, of `truncated` rows in all. `resident`: a set other than the task's."""
+
+    def __init__(self, task: Task, batches: Batches, truncated: Sequence[bool], resident: ResidentSet | None) -> None:
+        self.task, self.resident = task, resident
+        self._left = deque(batches)
+        self._parts: list[tuple[NDArray[np.intp], Floats]] = []
+        self._result = Result(task.name, truncated=list(truncated), row_s=[0.0] * len(truncated))
+
+    @property
+    def batch(self) -> TextBatch | None:
+        """The step that comes next."""
+        return self._left[0][1] if self._left else None
+
+    def step(self) -> Step | None:
+        return Step(*self._left[0][1].ids.shape) if self._left else None
+
+    def take(self, answers: Floats, counters: Counters, row_s: float) -> None:
+        """The answers to the step that came next, and what its batch cost."""
+        rows, batch = self._left.popleft()
+        self._parts.append((rows, answers))
+        own = self._result.counters
+        own.hits, own.misses = own.hits + counters.hits, own.misses + counters.misses
+        own.page_in_bytes, own.page_wait_s = own.page_in_bytes + counters.page_in_bytes, own.page_wait_s + counters.page_wait_s
+        own.tokens += int(batch.mask.sum())
+        own.masked_tokens += int(batch.mask.sum()) if counters.masked_tokens else 0
+        for row in rows:
+            self._result.row_s[row] = row_s
+
+    def result(self) -> Result:
+        values = np.zeros((0, len(self.task.labels)), np.float32)
+        if self._parts:
+            values = np.empty((len(self._result.row_s), *self._parts[0][1].shape[1:]), np.float32)
+        for rows, answers in self._parts:
+            values[rows] = answers
+        self._result.fill(self.task, values)
+        return self._result
+
+
+class ImageWork:
+    """Images of one task: one step, which nothing fits beside; `run` cuts it itself."""
+
+    def __init__(self, task: Task, full: Step, run: Callable[[], Result]) -> None:
+        self.task = task
+        self._full, self._run = full, run
+        self._result: Result | None = None
+
+    def step(self) -> Step | None:
+        return self._full if self._result is None else None
+
+    def run(self) -> None:
+        """Compute it."""
+        self._result = self._run()
+
+    def result(self) -> Result:
+        assert self._result is not None
+        return self._result
+
+
+class SessionEngine:
+    """What `serving.Serving` needs, out of a session's methods.
+
+    `working_set` gives a task's; `resident_set` the set that is leased with its mask; `run_batch` answers a batch of a task.
+    """
+
+    def __init__(
+        self,
+        working_set: Callable[[Task], WorkingSet],
+        resident_set: Callable[[str], ResidentSet],
+        run_batch: Callable[[Task, TextBatch, ResidentSet | None, Counters, Callable[[], None]], Floats],
+        advise: Callable[[Sequence[int], int, bool], None],
+    ) -> None:
+        self._working_set, self._resident_set, self._run_batch, self._advise = working_set, resident_set, run_batch, advise
+
+    def route(self, work: TextWork | ImageWork) -> WorkingSet:
+        """The working set of the task, or the one the request came with."""
+        if isinstance(work, ImageWork):
+            return self._working_set(work.task)
+        if work.resident is None:
+            found = self._working_set(work.task)
+            if not found.leased:
+                return found
+            work.resident = self._resident_set(work.task.name)  # kept: the task's own may have changed when it runs
+        return WorkingSet(work.task.name, frozenset(work.resident.pages), leased=True)
+
+    def compute(self, works: Sequence[TextWork | ImageWork], leased: bool, paged: Callable[[], None]) -> None:
+        """A step of each. Answers are kept once all of them are there."""
+        first = works[0]
+        if isinstance(first, ImageWork):
+            paged()
+            first.run()
+            return
+        texts = [work for work in works if isinstance(work, TextWork)]
+        batches = [work.batch for work in texts if work.batch is not None]
+        counters = Counters()
+        if not batches:  # no texts at all: no answers
+            paged()
+            return
+        resident = texts[0].resident if leased else None
+        started = time.perf_counter()
+        answers = self._run_batch(first.task, joined(batches), resident, counters, paged)
+        row_s = (time.perf_counter() - started) / len(answers)
+        start = 0
+        for work, batch in zip(texts, batches, strict=True):
+            work.take(answers[start : start + len(batch.ids)], counters, row_s)
+            start += len(batch.ids)
+
+    def advise(self, pages: Sequence[int], priority: int, load: bool) -> None:
+        """A hint to the pager."""
+        self._advise(pages, priority, load)
