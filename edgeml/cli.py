@@ -25,7 +25,9 @@ COMMANDS = {
     "bench": ("edgeml.commands.bench", "Measure latency, page traffic and memory, a row for each setting."),
     "eval": ("edgeml.commands.eval", "Scores on labelled data, task by task, alone or against a reference."),
     "inspect": ("edgeml.commands.inspect", "What is inside a bundle: stages, sites, tasks, bytes, evidence."),
+    "routing": ("edgeml.commands.routing", "How predictable the choice of experts is, what a cache makes of it, and advice."),
     "run": ("edgeml.commands.run", "Answer texts or images with the tasks of a bundle."),
+    "serve-stdin": ("edgeml.commands.serve", "Answer requests as JSON lines, for a parent process in any language."),
     "verify": ("edgeml.commands.verify", "Check every byte of a bundle, and that every graph loads."),
 }
 GROUP = "edgeml.commands"

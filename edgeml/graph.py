@@ -48,7 +48,8 @@ class Graphs:
         self._bundle, self._context = bundle, context
         self._stages: dict[str, Stage] = {stage.name: stage for stage in manifest.stages}
         busy = (task.stages.names if isinstance(task.stages, ImageStages) else (task.stages.trunk,) for task in manifest.tasks)
-        self._threads = {name: threads for names in busy for name in names}
+        pages = {self._stages[name].page for names in busy for name in names}  # a trunk that tells its choices is on the trunk's page
+        self._threads = {stage.name: threads for stage in manifest.stages if stage.page in pages}
         self._loaded: dict[str, _Graph] = {}
         self._lock = threading.Lock()
 

@@ -32,6 +32,7 @@ class Counted(Protocol):
     page_in_bytes: int
     page_wait_s: float
     tokens: int
+    masked_tokens: int
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Phase:
     page_in_bytes: int = 0
     page_wait_s: float = 0.0
     tokens: int = 0
+    masked_tokens: int = 0
 
     def add(self, latency_s: float, counters: Counted) -> None:
         """Count one round."""
@@ -53,6 +55,7 @@ class Phase:
         self.page_in_bytes += counters.page_in_bytes
         self.page_wait_s += counters.page_wait_s
         self.tokens += counters.tokens
+        self.masked_tokens += counters.masked_tokens
 
 
 @dataclass
@@ -112,12 +115,21 @@ def record(timing: Timing, settings: Mapping[str, Any]) -> dict[str, Any]:
         "rounds": len(warm.latency_s),
         "latency_s": _spread(warm.latency_s),
         "tokens_per_s": warm.tokens / seconds if seconds and warm.tokens else None,
+        **_quality(warm, settings.get("masked_retention")),
         **_costs(warm),
         "cold": {"rounds": len(cold.latency_s), "latency_s": _spread(cold.latency_s), **_costs(cold)} if cold.latency_s else None,
         "peak_rss_bytes": peak_rss_bytes(),
         "throttled": timing.throttled,
         "device": environment(),
     }
+
+
+def _quality(phase: Phase, masked_retention: float | None) -> dict[str, float | None]:
+    """What share of the tokens ran with experts forbidden, and the retention that is expected of such answers with all the others."""
+    share = phase.masked_tokens / phase.tokens if phase.tokens else None
+    if not share or masked_retention is None:
+        return {"masked_share": share, "expected_retention": 1.0 if share == 0 else None}
+    return {"masked_share": share, "expected_retention": 1 - share * (1 - masked_retention)}
 
 
 def _spread(values: Sequence[float]) -> dict[str, float | None]:

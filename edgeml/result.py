@@ -18,21 +18,24 @@ __all__ = ["Counters", "Result", "checked_answer"]
 
 @dataclass
 class Counters:
-    """What one call cost: `hits` and `misses` in pages, `page_in_bytes`, `page_wait_s` spent waiting, `tokens` without padding."""
+    """What one call cost: `hits` and `misses` in pages, `page_in_bytes`, `page_wait_s` spent waiting, `tokens` without padding,
+    `masked_tokens` of them run with experts forbidden."""
 
     hits: int = 0
     misses: int = 0
     page_in_bytes: int = 0
     page_wait_s: float = 0.0
     tokens: int = 0
+    masked_tokens: int = 0
 
-    def add(self, request: Request, tokens: int = 0) -> None:
+    def add(self, request: Request, tokens: int = 0, masked: bool = False) -> None:
         """Count a native request that has ended."""
         self.hits += request.hits
         self.misses += request.misses
         self.page_in_bytes += request.page_in_bytes
         self.page_wait_s += request.page_wait_ns / 1e9
         self.tokens += tokens
+        self.masked_tokens += tokens if masked else 0
 
 
 @dataclass

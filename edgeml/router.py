@@ -1,13 +1,12 @@
 """Resident sets and the masks they become: the task's time scale of routing.
 
-A resident set is the pageable pages a request may use under `--residency masked`. It is chosen from the task's recorded
-usage: every site first keeps its most used experts up to top-k (as far as the capacity goes, evenly), then the pages with the
-most usage anywhere follow. Ties go to the lower page, so a set depends on nothing but usage and capacity.
+A resident set is the pageable pages a request may use under `--residency masked`. It is chosen from the task's usage by
+`resident.best_pages`, so a set depends on nothing but usage and capacity.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from edgeml.errors import UsageError
 from edgeml.manifest import Manifest
+from edgeml.resident import best_pages
 
 __all__ = ["ResidentSet", "mask_of", "resident_set", "usage_of"]
 
@@ -38,29 +38,12 @@ def usage_of(manifest: Manifest, task: str) -> Sequence[Sequence[float]]:
 
 def resident_set(manifest: Manifest, usage: Sequence[Sequence[float]], capacity: int) -> ResidentSet:
     """The best set of at most `capacity` pages by `usage[site][expert]`."""
-    worth: dict[int, float] = {}
-    ranked: list[list[int]] = []
-    for site, importance in zip(manifest.sites, usage, strict=True):
-        order = sorted(range(len(site.experts)), key=lambda e: (-importance[e], e))
-        ranked.append([site.experts[e].page for e in order])
-        for expert, value in zip(site.experts, importance, strict=True):
-            worth[expert.page] = worth.get(expert.page, 0.0) + value
-    chosen: dict[int, None] = {}
-    deepest = max((site.top_k for site in manifest.sites), default=0)
-    floor = [
-        pages[depth]
-        for depth in range(deepest)
-        for site, pages in zip(manifest.sites, ranked, strict=True)
-        if depth < min(site.top_k, len(pages))
-    ]
-    for page in floor + sorted(worth, key=lambda page: (-worth[page], page)):
-        if len(chosen) >= capacity:
-            break
-        chosen.setdefault(page)
-    return ResidentSet(tuple(sorted(chosen)), mask_of(manifest, chosen))
+    pages = {expert.page: 1 for site in manifest.sites for expert in site.experts}
+    chosen = best_pages(manifest.sites, usage, pages, capacity)
+    return ResidentSet(chosen, mask_of(manifest, chosen))
 
 
-def mask_of(manifest: Manifest, pages: Sequence[int] | dict[int, None] | set[int]) -> NDArray[np.float32]:
+def mask_of(manifest: Manifest, pages: Collection[int]) -> NDArray[np.float32]:
     """The bias (S, E) that leaves only experts on `pages`; sites with fewer experts are padded with minus infinity."""
     width = max((len(site.experts) for site in manifest.sites), default=0)
     mask = np.full((len(manifest.sites), width), -np.inf, np.float32)

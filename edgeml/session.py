@@ -4,7 +4,8 @@
         print(session.run("banking77", text="I lost my card").labels)
 
 A session may be used from several threads. Under residency "exact" the answer does not depend on the budget; under
-"masked" the router may only choose experts of the task's resident set, which is pinned while the request runs.
+"masked" the router may only choose experts of the task's resident set, which is pinned while the request runs; "hybrid" is
+exact, except for batches of a call with a deadline that would break it.
 
 A call on texts becomes batches: its rows are tokenized in windows, ordered by length, and cut where a batch would hold too many
 rows or tokens, so that little is padding and memory stays bounded. Each batch is one native request with its own counters.
@@ -17,8 +18,9 @@ import difflib
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -27,27 +29,36 @@ from numpy.typing import NDArray
 
 import edgeml
 from edgeml import native
+from edgeml.autoroute import AutoRouter, Routed, checked_bias, router_of
+from edgeml.batching import BATCH_ROWS, BATCH_TOKENS, batches, checked_arrays
 from edgeml.bundle import Bundle
-from edgeml.errors import BudgetError, BundleError, DataError, UsageError
+from edgeml.errors import BundleError, UsageError
 from edgeml.graph import Graphs
 from edgeml.image import ImageInput
 from edgeml.image_requests import run_images
 from edgeml.manifest import ImageStages, Manifest, Preprocess, Task, TaskStages, load_manifest
 from edgeml.preprocess import TextBatch, TextPreprocessor
+from edgeml.residency import Pick, Residents
 from edgeml.result import Counters, Result, checked_answer
-from edgeml.router import ResidentSet, mask_of, resident_set, usage_of
+from edgeml.router import ResidentSet, mask_of, resident_set
+from edgeml.scheduler_events import Limits, Step, WorkingSet
+from edgeml.serving import Serving, Ticket
 from edgeml.store import REQUESTS, naming, open_context, resolve_threads
+from edgeml.submission import ImageWork, SessionEngine, TextWork
+from edgeml.trace import choices, tracing_stage
 from edgeml.variants import Wish, choose_variant, with_variant
 
 __all__ = ["RESIDENCIES", "Counters", "Result", "Session", "find_task", "open"]
 
-RESIDENCIES = ("exact", "masked")
+RESIDENCIES = ("exact", "masked", "hybrid")
 WINDOW_ROWS = 512
-BATCH_ROWS = 32
-BATCH_TOKENS = 1024
 NO_WISH = Wish()
 
 Floats = NDArray[np.float32]
+
+
+def _nothing() -> None:
+    """What is done once a batch's pages are there, where nobody waits for that."""
 
 
 class Session:
@@ -65,6 +76,7 @@ class Session:
         residency: str = "exact",
         isa: str | None = None,
         wish: Wish = NO_WISH,
+        state: str | None = None,
     ) -> None:
         if residency not in RESIDENCIES:
             raise UsageError(f"residency must be one of {', '.join(RESIDENCIES)}, not '{residency}'")
@@ -75,19 +87,21 @@ class Session:
             self.variant = choose_variant(manifest, wish, str(self.bundle.path))
             self.manifest = with_variant(manifest, self.variant)
             self._context, _, self.budget = open_context(self.bundle, memory, threads, isa)
+            self._residents = Residents(self.bundle, self.manifest, self._context, self.budget, residency, state)
         except BaseException:
             self.bundle.close()
             raise
         opened = self._context.stats()
         self.threads, self.backend, self.direct_reads = resolve_threads(threads), str(opened["isa"]), bool(opened["direct"])
-        self.notes = self.budget.notes(residency) + self._variant_notes(wish)
+        self.notes = self._residents.notes
+        self.notes += self.budget.notes(residency) + self._variant_notes(wish)
         self._graphs = Graphs(self.bundle, self.manifest, self._context, self.threads)
         self._preprocessors: dict[tuple[int, int], TextPreprocessor] = {}
-        self._sets: dict[str, ResidentSet] = {}
         self._lock = threading.RLock()
         self._turns = threading.BoundedSemaphore(REQUESTS)
         self._calls = 0
         self._closed = False
+        self._serving: Serving | None = None
 
     def task(self, name: str) -> Task:
         """The task of that name. Raises `UsageError` listing those there are, the closest first."""
@@ -103,11 +117,13 @@ class Session:
         arrays: Mapping[str, NDArray[Any]] | None = None,
         images: Sequence[ImageInput] | None = None,
         resident: ResidentSet | None = None,
+        deadline_s: float | None = None,
     ) -> Result:
         """Answer one text, several texts, several (text, text_pair), token ids; or, for a task on images, several images.
 
         An image is an array, uint8 (H, W) or (H, W, 3), or the path of a PNG or JPEG: see `image`. `arrays` holds `ids` (n, T) int64,
         and if wanted `types` (n, T) int64 and `mask` (n, T) float32, 0 or 1. `resident` is used in place of the task's own set.
+        `deadline_s`: seconds from now; residency "hybrid" masks what would be later. It is a wish: a late answer is an answer.
         Raises `UsageError` for what does not fit the task, `DataError` for a bad text or image, `PageError` when a page could not
         be read; other calls are not touched by it.
         """
@@ -119,13 +135,12 @@ class Session:
         windows = self._windows(chosen, text, texts, pairs, arrays)
         with self._call():
             started = time.perf_counter()
-            if resident is None and self.residency == "masked":
-                resident = self.resident_set(task)
+            pick = self._residents.pick(task, resident, deadline_s)
             result, values = Result(task), [np.zeros((0, len(chosen.labels)), np.float32)]
             tick = time.perf_counter()
             for batch in windows:
                 encode_s = (time.perf_counter() - tick) / max(len(batch.ids), 1)
-                window, row_s = self._run_window(chosen, batch, resident, result.counters)
+                window, row_s = self._run_window(chosen, batch, pick, result.counters)
                 values.append(window)
                 result.truncated += batch.truncated
                 result.row_s += [share + encode_s for share in row_s]
@@ -133,6 +148,24 @@ class Session:
             result.latency_s = time.perf_counter() - started
         result.fill(chosen, np.concatenate(values[1:] or values))
         return result
+
+    def run_auto(
+        self, text: str | None = None, *, texts: Sequence[str] | None = None, pairs: Sequence[tuple[str, str]] | None = None
+    ) -> Routed:
+        """Answer texts, or pairs of them, that name no task: the bundle's router sends each to a task group, whose tasks answer.
+
+        Raises `UsageError` where the bundle has no such router, otherwise as `run`.
+        """
+        where, masked = str(self.bundle.path), self.residency == "masked"
+        first = self.task(router_of(self.manifest, where).groups[0].tasks[0])
+        windows = self._windows(replace(first, pair=pairs is not None), text, texts, pairs, None)
+
+        def run_task(task: Task, batch: TextBatch, counters: Counters) -> Floats:
+            return self._run_batch(task, batch, self.resident_set(task.name) if masked else None, counters)
+
+        with self._call():
+            auto = AutoRouter(self.manifest, where, self._graphs, self._image_request, batches, run_task, masked)
+            return auto.answer(windows, pairs is not None)
 
     def run_many(self, tasks: Sequence[str], images: Sequence[ImageInput] | None) -> dict[str, Result]:
         """Answer several tasks on the same images with one pass of the backbone that they share, and no head besides theirs.
@@ -148,14 +181,82 @@ class Session:
         with self._call():
             return run_images(self._graphs, self._image_request, chosen, images, str(self.bundle.path))
 
+    def trace(
+        self, task: str, *, texts: Sequence[str] | None = None, pairs: Sequence[tuple[str, str]] | None = None
+    ) -> list[NDArray[np.int64]]:
+        """Which experts each text's tokens choose: for each text int64 (its tokens, sites, k), -1 where none was chosen.
+
+        k is the largest of the sites. Raises `UsageError` as `run`, and where the bundle has no stage that tells the choices.
+        """
+        chosen = self.task(task)
+        if isinstance(chosen.stages, ImageStages):
+            raise UsageError(f"task '{task}' takes images, and has no experts to choose")
+        stages = replace(chosen.stages, trunk=tracing_stage(self.manifest, chosen, str(self.bundle.path)))
+        traces: list[NDArray[np.int64]] = []
+        with self._call():
+            resident = self.resident_set(task) if self.residency == "masked" else None
+            for window in self._windows(chosen, None, texts, pairs, None):
+                found: dict[int, NDArray[np.int64]] = {}
+                for rows, batch in batches(window):
+                    tensors = self._run_stages(chosen, stages, batch, resident, Counters())
+                    found |= zip(rows, choices(self.manifest, tensors, batch.mask, str(self.bundle.path)), strict=True)
+                traces += [found[row] for row in range(len(window.ids))]
+        return traces
+
+    def submit(
+        self,
+        task: str,
+        text: str | None = None,
+        *,
+        texts: Sequence[str] | None = None,
+        pairs: Sequence[tuple[str, str]] | None = None,
+        arrays: Mapping[str, NDArray[Any]] | None = None,
+        images: Sequence[ImageInput] | None = None,
+        resident: ResidentSet | None = None,
+        deadline: float | None = None,
+        priority: int = 0,
+        on_end: Callable[[Ticket], None] | None = None,
+    ) -> Ticket:
+        """Queue what `run` takes, and return at once: `Ticket.result` waits for the answers, `Ticket.cancel` gives them up.
+
+        Requests run in the order that reads fewest pages, within the bounds that `scheduler` states. `deadline`: seconds from now after
+        which nobody wants the answer; `priority` from -100 to 100, 0 as a rule, higher goes first. `on_end(ticket)` is called, by
+        another thread, when it has ended. Raises as `run` for inputs that are wrong, and `UsageError` for such a deadline or priority.
+        """
+        chosen = self.task(task)
+        with self._call():
+            work: TextWork | ImageWork
+            if isinstance(chosen.stages, ImageStages) or images is not None:
+                if (text, texts, pairs, arrays, resident) != (None,) * 5 or images is None:
+                    raise UsageError(f"task '{chosen.name}' takes {_wanted(chosen)}, and nothing beside them")
+                given = list(images)
+                work = ImageWork(chosen, Step(BATCH_ROWS, BATCH_TOKENS), lambda: self.run_many([task], given)[task])
+            else:
+                windows = list(self._windows(chosen, text, texts, pairs, arrays))
+                cut = [(rows + WINDOW_ROWS * number, batch) for number, window in enumerate(windows) for rows, batch in batches(window)]
+                work = TextWork(chosen, cut, [flag for window in windows for flag in window.truncated], resident)
+            return self.serve().submit(work, task, deadline, priority, on_end)
+
+    def serve(self, queue: int = 256, patience: int = 2, order: str = "overlap", rows: int = BATCH_ROWS) -> Serving:
+        """What runs submitted requests, begun with these limits when first asked for: most that wait, and see `Limits`."""
+        with self._lock:
+            if self._serving is None:
+                limits = Limits(self.budget.slots, queue, rows, BATCH_TOKENS, 1, patience, order)
+                engine = SessionEngine(self._working_set, self.resident_set, self._run_batch, self._advise)
+                self._serving = Serving(engine, limits)
+            return self._serving
+
     def load(self, task: str) -> None:
         """Load a task's tokenizer and graphs now rather than with its first request."""
         chosen = self.task(task)
         with self._call():
-            if isinstance(chosen.stages, TaskStages):
+            stages = chosen.stages
+            if isinstance(stages, TaskStages):
                 self.preprocessor(chosen)
-            for name in chosen.stages.names:
+                stages = self._residents.stages(chosen, stages)
+            for name in stages.names:
                 self._graphs.load(name)
+            self._residents.loaded(task)
 
     def preprocessor(self, task: Task) -> TextPreprocessor:
         """The tokenizer of a task on texts, loaded when first asked for. Raises `UsageError` for another task."""
@@ -169,10 +270,7 @@ class Session:
 
     def resident_set(self, task: str) -> ResidentSet:
         """The pages a masked request of this task may use under the session's budget. Raises `BudgetError` if a site is left bare."""
-        with self._lock:
-            if task not in self._sets:
-                self._sets[task] = self._choose(task)
-            return self._sets[task]
+        return self._residents.resident_set(task)
 
     def settings(self) -> dict[str, Any]:
         """The resolved configuration, as every record carries it."""
@@ -193,6 +291,7 @@ class Session:
             "residency": self.residency,
             "direct_reads": self.direct_reads,
             "graph_bytes": self._graph_bytes(),
+            "masked_retention": self._residents.retention(),
         }
 
     def stats(self) -> dict[str, Any]:
@@ -208,10 +307,13 @@ class Session:
 
     def close(self) -> None:
         """Release graphs, memory and the file; a second call does nothing. Raises `UsageError` while calls run."""
+        if self._serving is not None:
+            self._serving.close()
         with self._lock:
             if self._calls:
                 raise UsageError(f"{self.bundle.path}: {self._calls} calls still run; close the session after them")
             self._closed = True
+            self._residents.close()
             self._graphs.close()
             self._context.close()
             self.bundle.close()
@@ -225,6 +327,7 @@ class Session:
     def _graph_bytes(self) -> int:
         """Bytes of the graphs that the tasks run, as stored: onnxruntime holds them, outside the budget."""
         used = {name for task in self.manifest.tasks for name in task.stages.names}
+        used |= {self.manifest.router.stage} if self.manifest.router is not None else set()
         return sum(self.bundle.pages[page].length for page in {stage.page for stage in self.manifest.stages if stage.name in used})
 
     def _variant_notes(self, wish: Wish) -> list[str]:
@@ -250,18 +353,21 @@ class Session:
             with self._lock:
                 self._calls -= 1
 
-    def _choose(self, task: str) -> ResidentSet:
-        if self.budget.complete:
-            pages = {expert.page for site in self.manifest.sites for expert in site.experts}
-            return ResidentSet(tuple(sorted(pages)), mask_of(self.manifest, pages))
-        chosen = resident_set(self.manifest, usage_of(self.manifest, task), self.budget.pages)
-        for site, row in zip(self.manifest.sites, chosen.mask, strict=True):
-            if not site.shared and np.isneginf(row).all():
-                raise BudgetError(
-                    f"{self.bundle.path}: under this budget no expert of site '{site.name}' may be used, and it has no shared one; "
-                    "give more memory or use residency exact"
-                )
-        return chosen
+    def _working_set(self, task: Task) -> WorkingSet:
+        """The pages that a request of this task needs: its resident set; or, where nothing is masked, those it will use most."""
+        if isinstance(task.stages, ImageStages):
+            return WorkingSet(task.name)
+        if self.residency == "masked":
+            return WorkingSet(task.name, frozenset(self.resident_set(task.name).pages), leased=True)
+        if self.budget.complete or task.name not in self.manifest.usage:
+            return WorkingSet(task.name)
+        return WorkingSet(task.name, frozenset(resident_set(self.manifest, self.manifest.usage[task.name], self.budget.pages).pages))
+
+    def _advise(self, pages: Sequence[int], priority: int, load: bool) -> None:
+        if load:
+            self._context.prefetch(pages, priority)
+        else:
+            self._context.set_priority(pages, priority)
 
     def _windows(
         self,
@@ -274,7 +380,7 @@ class Session:
         if sum(value is not None for value in (text, texts, pairs, arrays)) != 1:
             raise UsageError("give exactly one of text, texts, pairs and arrays")
         if arrays is not None:
-            return iter([_checked_arrays(arrays)])
+            return iter([checked_arrays(arrays)])
         if task.pair != (pairs is not None):
             wanted = "pairs of texts (text and text_pair)" if task.pair else "single texts, not pairs"
             raise UsageError(f"task '{task.name}' takes {wanted}")
@@ -288,12 +394,12 @@ class Session:
             part = slice(start, start + WINDOW_ROWS)
             yield preprocessor.encode(firsts[part], None if seconds is None else seconds[part])
 
-    def _run_window(self, task: Task, window: TextBatch, resident: ResidentSet | None, counters: Counters) -> tuple[Floats, list[float]]:
+    def _run_window(self, task: Task, window: TextBatch, pick: Pick, counters: Counters) -> tuple[Floats, list[float]]:
         outputs: list[Floats] = []
         order, row_s = [], np.zeros(len(window.ids))
-        for rows, batch in _batches(window):
+        for rows, batch in batches(window):
             started = time.perf_counter()
-            outputs.append(self._run_batch(task, batch, resident, counters))
+            outputs.append(self._run_batch(task, batch, pick(batch), counters))
             row_s[rows] = (time.perf_counter() - started) / len(rows)
             order.append(rows)
         if not outputs:
@@ -303,14 +409,30 @@ class Session:
         values[np.concatenate(order)] = mixed
         return values, [float(value) for value in row_s]
 
-    def _run_batch(self, task: Task, batch: TextBatch, resident: ResidentSet | None, counters: Counters) -> Floats:
+    def _run_batch(
+        self, task: Task, batch: TextBatch, resident: ResidentSet | None, counters: Counters, paged: Callable[[], None] = _nothing
+    ) -> Floats:
+        assert isinstance(task.stages, TaskStages)
+        tensors = self._run_stages(task, self._residents.stages(task, task.stages), batch, resident, counters, paged)
+        return checked_answer(task, tensors, len(batch.ids), str(self.bundle.path))
+
+    def _run_stages(
+        self,
+        task: Task,
+        stages: TaskStages,
+        batch: TextBatch,
+        resident: ResidentSet | None,
+        counters: Counters,
+        paged: Callable[[], None] = _nothing,
+    ) -> dict[str, NDArray[Any]]:
         tensors: dict[str, NDArray[Any]] = {"ids": batch.ids, "types": batch.types, "mask": batch.mask}
-        stages = task.stages
-        assert isinstance(stages, TaskStages)
+        masked = self._residents.hides(resident)
         with self._turns, self._context.request() as request:
+            started = time.perf_counter()
             if resident is not None:
                 with naming(self.bundle):
                     request.lease(resident.pages)
+            paged()
             tensors |= self._graphs.run(stages.embed, tensors, request)
             if stages.router is not None:
                 tensors |= self._graphs.run(stages.router, tensors, request)
@@ -318,10 +440,12 @@ class Session:
                 tensors["bias"] = np.zeros((len(batch.ids), *mask_of(self.manifest, ()).shape), np.float32)
             if resident is not None:
                 tensors["bias"] = self._masked(task, tensors["bias"], resident)
+            checked_bias(self.manifest, tensors["bias"], len(batch.ids), f"{self.bundle.path}: the router of task '{task.name}'")
             tensors |= self._graphs.run(stages.trunk, tensors, request)
             tensors |= self._graphs.run(stages.head, tensors, request)
-        counters.add(request, int(batch.mask.sum()))
-        return checked_answer(task, tensors, len(batch.ids), str(self.bundle.path))
+        counters.add(request, int(batch.mask.sum()), masked)
+        self._residents.ran(task.name, batch, tensors, request, time.perf_counter() - started, masked)
+        return tensors
 
     def _masked(self, task: Task, bias: NDArray[Any], resident: ResidentSet) -> Floats:
         if bias.dtype != np.float32 or bias.shape[1:] != resident.mask.shape:
@@ -342,16 +466,18 @@ def open(
     max_latency: float | str | None = None,
     max_bytes: int | str | None = None,
     min_score: float | None = None,
+    state: str | None = None,
 ) -> Session:
-    """Open a bundle. `memory`: bytes, "64MiB", "50%" or "auto"; `threads` to compute with; `residency`: "exact" or "masked".
+    """Open a bundle. `memory`: bytes, "64MiB", "50%" or "auto"; `threads` to compute with; `residency`: "exact", "masked" or "hybrid".
 
     None for `memory` is EDGEML_MEMORY or "auto": everything where it fits; for `threads` EDGEML_THREADS or all processors allowed.
     Of a bundle with variants, `variant` names one; or limits pick it by what its export recorded: `max_latency` in seconds or as
     "20ms", `max_bytes` or "2MiB" for its graphs, `min_score` the mean over its tasks (`variants` has the rule).
+    `state` (or EDGEML_STATE): the folder of what is learned of the bundle on this device (`residency`, `sidecar`), by default its own.
     Raises `BundleError` for a bad file, `BudgetError` below the floor, `UsageError` listing the variants when none keeps to the
     limits, `DeviceError` when reading fails.
     """
-    return Session(path, memory, threads, residency, isa, Wish(variant, max_latency, max_bytes, min_score))
+    return Session(path, memory, threads, residency, isa, Wish(variant, max_latency, max_bytes, min_score), state)
 
 
 def find_task(manifest: Manifest, name: str, where: str) -> Task:
@@ -369,31 +495,3 @@ def find_task(manifest: Manifest, name: str, where: str) -> Task:
 
 def _wanted(task: Task) -> str:
     return "images" if isinstance(task.stages, ImageStages) else "texts, not images"
-
-
-def _batches(window: TextBatch) -> Iterator[tuple[NDArray[np.intp], TextBatch]]:
-    """Cut a window into batches of similar length, the longest first, with the rows each came from."""
-    real = window.mask != 0
-    lengths = np.where(real.any(-1), real.shape[-1] - real[:, ::-1].argmax(-1), 1) if real.size else np.zeros(0, np.intp)
-    order = np.argsort(-lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        longest = int(lengths[order[start]])
-        rows = order[start : start + max(1, min(BATCH_ROWS, BATCH_TOKENS // longest))]
-        start += len(rows)
-        ids, types, mask = window.ids[rows, :longest], window.types[rows, :longest], window.mask[rows, :longest]
-        yield rows, TextBatch(ids, types, mask, tuple(window.truncated[row] for row in rows))
-
-
-def _checked_arrays(arrays: Mapping[str, NDArray[Any]]) -> TextBatch:
-    unknown = sorted(set(arrays) - {"ids", "types", "mask"})
-    if unknown or "ids" not in arrays:
-        raise UsageError("arrays holds ids, and if wanted types and mask" + (f", not {unknown[0]!r:.40}" if unknown else ""))
-    ids = np.asarray(arrays["ids"])
-    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or 0 in ids.shape:
-        raise DataError(f"ids must be whole numbers of shape (rows, tokens), not {ids.dtype} {ids.shape}")
-    types = np.asarray(arrays.get("types", np.zeros_like(ids)))
-    mask = np.asarray(arrays.get("mask", np.ones_like(ids)))
-    if types.shape != ids.shape or mask.shape != ids.shape:
-        raise DataError(f"types {types.shape} and mask {mask.shape} must have the shape of ids, {ids.shape}")
-    return TextBatch(ids.astype(np.int64), types.astype(np.int64), mask.astype(np.float32), (False,) * len(ids))

@@ -108,6 +108,17 @@ def test_each_explains_itself(script: Path) -> None:
     assert "--records" in done.stdout
 
 
+def test_resident(toy: Path, tmp_path: Path) -> None:
+    common = ("--bundle", toy / "toy.edgeml", "--data", toy / "data", "--seeds", "0", "--cache", tmp_path / "cache", "--mixture", "none")
+    record = record_of("text/resident.py", tmp_path / "records", *common, "--watched", "8")
+    assert set(record["figures"]["quarter"]["mean"]) == {
+        "task", "domain made", "watched", "nearest", "general", "random 0", "all", "chance",
+    }  # fmt: skip
+    verdicts = holds(record)
+    assert len(verdicts) == 10
+    assert all(value is None for name, value in verdicts.items() if "forgetting" in name), "there is no other domain"
+
+
 def test_masks(toy: Path, tmp_path: Path) -> None:
     common = ("--bundle", toy / "toy.edgeml", "--data", toy / "data", "--seeds", "0,1", "--cache", tmp_path / "cache", "--mixture", "none")
     record = record_of("text/masks.py", tmp_path / "records", *common)

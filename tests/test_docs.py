@@ -53,14 +53,29 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for split in ("train", "validation", "test"):
             (task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.copy(ROOT / "tests" / "export" / "toy_source.py", place / "source.py")
+    for name in ("cnn.py", "vision_source.py"):
+        shutil.copy(ROOT / "tests" / "export" / "vision_source.py", place / name)
+    (place / "cnn.toml").write_text('[[variant]]\nmax_drop = 20\n[int8]\nwhen = "always"\nimages = 16\nmax_drop = 20\nmax_map_drop = 20\n')
     return place
+
+
+def prepare_images(place: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data and a photo for the lines about images, which run in order: the export writes what the others open."""
+    pytest.importorskip("torch", reason="the extra `export` is not installed")
+    pillow = pytest.importorskip("PIL.Image", reason="the extra `image` is not installed")
+    if command == "export":
+        monkeypatch.syspath_prepend(place)
+        importlib.import_module("vision_source").write_data(place / "data")
+    pillow.new("RGB", (40, 30), "grey").save(place / "photo.png")
 
 
 @pytest.mark.parametrize("line", shown())
 def test_commands_in_the_readme_run(line: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     words = shlex.split(line)[1:]
-    if words[0] == "export":
+    if "cnn" in line:
+        prepare_images(place, words[0], monkeypatch)
+    elif words[0] == "export":
         pytest.importorskip("torch", reason="the extra `export` is not installed")
         monkeypatch.syspath_prepend(place)
         importlib.import_module("source").write_data(place / "toy")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import functools
 import json
 import os
 import signal
@@ -236,9 +235,7 @@ def test_an_interrupted_export_leaves_the_old_file_alone(number: int, source: st
     out = tmp_path / "m.edgeml"
     out.write_bytes(b"earlier")
     arguments = [sys.executable, "-P", "-c", MAIN, "export", source, "-o", str(out), "--data", str(data)]
-    # Whoever runs the tests in the background has Ctrl-C ignored, and children inherit that.
-    plain = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, preexec_fn=plain)
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     candidate = tmp_path / ".m.edgeml.export" / "candidate.edgeml"
     deadline = time.monotonic() + 60
     while not candidate.exists() and process.poll() is None and time.monotonic() < deadline:

@@ -63,5 +63,5 @@ def flipped(toy: Path, tmp_path: Path) -> Callable[[int], Path]:
 
 @pytest.fixture(autouse=True)
 def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("EDGEML_THREADS", "EDGEML_MEMORY", "EDGEML_DEBUG"):
+    for name in ("EDGEML_THREADS", "EDGEML_MEMORY", "EDGEML_STATE", "EDGEML_DEBUG"):
         monkeypatch.delenv(name, raising=False)

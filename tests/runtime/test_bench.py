@@ -195,6 +195,7 @@ class Cost:
     page_in_bytes: int = 100
     page_wait_s: float = 0.5
     tokens: int = 10
+    masked_tokens: int = 0
 
 
 def test_rounds_are_counted_by_kind() -> None:

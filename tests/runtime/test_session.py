@@ -10,9 +10,10 @@ import pytest
 
 import edgeml
 from edgeml import native
+from edgeml.batching import BATCH_ROWS, BATCH_TOKENS, batches
 from edgeml.errors import BudgetError, UsageError
 from edgeml.preprocess import TextBatch
-from edgeml.session import BATCH_ROWS, BATCH_TOKENS, WINDOW_ROWS, Session, _batches
+from edgeml.session import WINDOW_ROWS, Session
 
 WORDS = "rain sun snow fog wind storm bank money price doctor court car music dog tree love hate happy city water".split()  # noqa: SIM905
 
@@ -76,7 +77,7 @@ def test_batches_are_bounded_and_the_longest_comes_first() -> None:
     lengths = [1, 64, 3, *[500] * 9, *[10] * 100]
     mask = (np.arange(500) < np.array(lengths)[:, None]).astype(np.float32)
     ids = np.arange(mask.size, dtype=np.int64).reshape(mask.shape)
-    cut = list(_batches(TextBatch(ids, np.zeros_like(ids), mask, (False,) * len(lengths))))
+    cut = list(batches(TextBatch(ids, np.zeros_like(ids), mask, (False,) * len(lengths))))
     assert sorted(row for rows, _ in cut for row in rows) == list(range(len(lengths)))
     for rows, batch in cut:
         assert len(rows) <= BATCH_ROWS
@@ -141,11 +142,12 @@ def test_masked_with_everything_in_memory_is_exact(toy: Path, reference: Any) ->
 
 
 def test_masked_without_recorded_usage_is_refused(toy: Path, rebuild: Any) -> None:
-    path = rebuild(change=lambda manifest: manifest["usage"].pop("weather"))
-    with edgeml.open(path, memory="50%", residency="masked") as session:
-        with pytest.raises(UsageError, match="records no usage for task 'weather'"):
-            session.run("weather", text="rain")
-        assert session.run("mood", text="rain").labels
+    path = rebuild(change=lambda manifest: manifest["usage"].clear())
+    with (
+        edgeml.open(path, memory="50%", residency="masked") as session,
+        pytest.raises(UsageError, match="records no usage for task 'weather'"),
+    ):
+        session.run("weather", text="rain")
     with edgeml.open(path, residency="masked", memory="100%") as session:
         assert session.run("weather", text="rain").labels
 
@@ -166,9 +168,12 @@ def test_counters_are_those_of_the_call(toy: Path) -> None:
         assert second.hits == first.hits + first.misses
         assert first.tokens == second.tokens > 40
         session.evict_all()
-        assert session.run("weather", texts=texts(40)).counters.misses == first.misses
+        again = session.run("weather", texts=texts(40)).counters
+        assert again.page_in_bytes == first.page_in_bytes
+        assert again.hits + again.misses == first.hits + first.misses
+        assert again.misses <= first.misses, "some of it may be read ahead by now"
         total = session.stats()
-        assert total["misses"] == 2 * first.misses
+        assert total["misses"] == first.misses + again.misses
 
 
 def test_a_small_budget_is_noted(toy: Path) -> None:
