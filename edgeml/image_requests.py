@@ -6,27 +6,36 @@ list of files costs the memory of one batch; a batch is one native request.
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeml.errors import UsageError
 from edgeml.graph import Graphs
 from edgeml.image import ImageInput, encode_images
 from edgeml.manifest import ImagePreprocess, ImageStages, Task
 from edgeml.native import Request
 from edgeml.result import Result, checked_answer
 
-__all__ = ["BATCH_IMAGES", "BATCH_PIXELS", "run_images"]
+__all__ = ["BATCH_IMAGES", "BATCH_PIXELS", "image_list", "run_images"]
 
 #: A batch ends at either; one image is always allowed.
 BATCH_IMAGES = 32
 BATCH_PIXELS = 1 << 18
 
 Answers = dict[str, NDArray[Any]]
+
+
+def image_list(images: Any) -> list[ImageInput]:
+    """The images as a list. Raises `UsageError` for one image that is none, or what holds no images at all."""
+    if images is None or isinstance(images, str | os.PathLike | np.ndarray) or not isinstance(images, Iterable):
+        raise UsageError("images is a list of uint8 arrays or paths, even for one image")
+    return list(images)
 
 
 def run_images(

@@ -56,6 +56,9 @@ class TextPreprocessor:
                 check_text(part, f"input {number}")
             inputs.append(first if second is None else (first, second))
         encodings = self._tokenizer.encode_batch(inputs)
+        for number, encoding in enumerate(encodings):
+            if not encoding.ids:
+                raise DataError(f"input {number}: the tokenizer finds nothing to read in it")
         longest = max((len(encoding.ids) for encoding in encodings), default=0)
         shape = (len(encodings), longest)
         ids, types = np.zeros(shape, np.int64), np.zeros(shape, np.int64)

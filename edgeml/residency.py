@@ -275,7 +275,10 @@ class Residents:
         exact_s = expected_bytes(sites, usage, self._page_bytes, resident, tokens) / rate
         if compute_s + exact_s <= left_s:
             return None
-        whole = self.resident_set(task)
+        try:
+            whole = self.resident_set(task)
+        except BudgetError:  # no set fits, but an exact answer does, late as it may be
+            return None
         cost = {page: 0 if page in resident else length for page, length in self._page_bytes.items()}
         mask = whole
         if left_s > compute_s:

@@ -27,6 +27,17 @@ class ResidentSet:
     mask: NDArray[np.float32]
 
 
+def checked_set(manifest: Manifest, resident: ResidentSet | None) -> ResidentSet | None:
+    """The set, if it is one of the bundle's routed experts. Raises `UsageError` for other pages and for a mask of another shape."""
+    if resident is None:
+        return None
+    pages = {expert.page for site in manifest.sites for expert in site.experts}
+    shape = (len(manifest.sites), max((len(site.experts) for site in manifest.sites), default=0))
+    if not pages.issuperset(resident.pages) or resident.mask.shape != shape:
+        raise UsageError("a resident set has pages of this bundle's routed experts, and a mask of shape (sites, experts)")
+    return resident
+
+
 def usage_of(manifest: Manifest, task: str) -> Sequence[Sequence[float]]:
     """The recorded usage of a task. Raises `UsageError` where the bundle has none."""
     if task not in manifest.usage:

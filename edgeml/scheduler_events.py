@@ -37,11 +37,15 @@ class Step:
 
 @dataclass(frozen=True)
 class WorkingSet:
-    """Pages that requests of a task need. `leased`: they are pinned while it runs, and no others are used; else a guess."""
+    """Pages that requests of a task need. `leased`: they are pinned while it runs, and no others are used; else a guess.
+
+    `mask` tells sets of the same pages apart that forbid different experts: such requests share no batch.
+    """
 
     task: str
     pages: frozenset[int] = frozenset()
     leased: bool = False
+    mask: int = 0
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 from edgeml.errors import EdgemlError, NotAnswered, UsageError
@@ -114,8 +115,9 @@ class Ticket:
             return
         try:
             self._on_end(self)
-        except Exception as fault:  # it must not end the thread, which others wait for
-            warnings.warn(f"on_end of request {self.number} raised {type(fault).__name__}: {fault}", stacklevel=2)
+        except BaseException as fault:  # it must not end the thread, which others wait for
+            with suppress(Warning):  # nor must a warning, where warnings are errors
+                warnings.warn(f"on_end of request {self.number} raised {type(fault).__name__}: {fault}", stacklevel=2)
 
 
 class _GivenUpError(Exception):
@@ -184,24 +186,29 @@ class Serving:
             return {**self._table.stats, "table_s": self._table_s, "busy_s": self._busy_s}
 
     def drain(self) -> None:
-        """Wait until nothing waits and nothing runs."""
+        """Wait until nothing waits and nothing runs. Raises `UsageError` in a callback, which what is waited for would wait for."""
+        if threading.current_thread() in self._workers:
+            raise UsageError("on_end cannot wait for other requests: the thread that calls it answers them")
         with self._lock:
             while not self._table.idle():
                 self._changed.wait()
 
     def close(self) -> None:
-        """Cancel what waits, let what runs end, and stop the workers. A second call does nothing."""
+        """Cancel what waits, let what runs end, and stop the workers; in a callback, without waiting for it. A second call does nothing."""
         with self._lock:
             self._closed = True
             waiting = [number for number in self._tickets if self._table.state(number) in (State.QUEUED, State.ROUTED)]
         for number in waiting:
             self.cancel(number)
+        with self._lock:
+            self._changed.notify_all()
+        if threading.current_thread() in self._workers:
+            return
         self.drain()
         with self._lock:
             self._changed.notify_all()
         for worker in self._workers:
-            if worker is not threading.current_thread():
-                worker.join()
+            worker.join()
 
     # ---- events and instructions ----
 
@@ -224,7 +231,8 @@ class Serving:
         for each in instructions:
             match each:
                 case Advise():
-                    self._engine.advise(each.pages, each.priority, each.load)
+                    with suppress(EdgemlError):  # a hint: nothing depends on it
+                        self._engine.advise(each.pages, each.priority, each.load)
                 case Page():
                     self._begun.append((each, [self._tickets[number][1] for number in each.requests]))
                     self._changed.notify_all()
@@ -239,11 +247,17 @@ class Serving:
     def _tell_callers(self, ended: Sequence[tuple[Ticket, Any, float, End]]) -> None:
         for ticket, work, came, end in ended:
             if end.state == State.DONE:
-                result = work.result()
-                result.latency_s = time.monotonic() - came
-                ticket.end(result, None)
+                ticket.end(*self._finished(work, came))
             else:
                 ticket.end(None, self._faults.pop(ticket.number, None) or NotAnswered(end.reason))
+
+    def _finished(self, work: Work, came: float) -> tuple[Result | None, EdgemlError | None]:
+        try:
+            result = work.result()
+            result.latency_s = time.monotonic() - came
+            return result, None
+        except BaseException as error:  # as in `_run`
+            return None, _fault(error)
 
     def _find_route(self, number: int, work: Work) -> None:
         started = time.perf_counter()
@@ -283,6 +297,7 @@ class Serving:
 
         try:
             self._engine.compute(works, page.set.leased, paged)
+            following = [(number, work.step()) for number, work in zip(page.requests, works, strict=True)]
         except _GivenUpError:
             return Stepped(time.monotonic(), page.batch)
         except BaseException as error:  # a worker must not end: it would leave all others waiting
@@ -290,7 +305,6 @@ class Serving:
             if len(page.requests) == 1:
                 self._faults[page.requests[0]] = fault
             return Broken(time.monotonic(), page.batch, str(fault))
-        following = zip(page.requests, [work.step() for work in works], strict=True)
         return Stepped(time.monotonic(), page.batch, {number: step for number, step in following if step is not None})
 
 

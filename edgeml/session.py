@@ -35,12 +35,12 @@ from edgeml.bundle import Bundle
 from edgeml.errors import BundleError, UsageError
 from edgeml.graph import Graphs
 from edgeml.image import ImageInput
-from edgeml.image_requests import run_images
+from edgeml.image_requests import image_list, run_images
 from edgeml.manifest import ImageStages, Manifest, Preprocess, Task, TaskStages, load_manifest
 from edgeml.preprocess import TextBatch, TextPreprocessor
 from edgeml.residency import Pick, Residents
 from edgeml.result import Counters, Result, checked_answer
-from edgeml.router import ResidentSet, mask_of, resident_set
+from edgeml.router import ResidentSet, checked_set, mask_of, resident_set
 from edgeml.scheduler_events import Limits, Step, WorkingSet
 from edgeml.serving import Serving, Ticket
 from edgeml.store import REQUESTS, naming, open_context, resolve_threads
@@ -176,10 +176,9 @@ class Session:
         for task in chosen:
             if not isinstance(task.stages, ImageStages):
                 raise UsageError(f"task '{task.name}' takes {_wanted(task)}")
-        if images is None or isinstance(images, str | os.PathLike | np.ndarray):
-            raise UsageError("images is a list of uint8 arrays or paths, even for one image")
+        given = image_list(images)
         with self._call():
-            return run_images(self._graphs, self._image_request, chosen, images, str(self.bundle.path))
+            return run_images(self._graphs, self._image_request, chosen, given, str(self.bundle.path))
 
     def trace(
         self, task: str, *, texts: Sequence[str] | None = None, pairs: Sequence[tuple[str, str]] | None = None
@@ -229,12 +228,13 @@ class Session:
             if isinstance(chosen.stages, ImageStages) or images is not None:
                 if (text, texts, pairs, arrays, resident) != (None,) * 5 or images is None:
                     raise UsageError(f"task '{chosen.name}' takes {_wanted(chosen)}, and nothing beside them")
-                given = list(images)
+                given = image_list(images)
                 work = ImageWork(chosen, Step(BATCH_ROWS, BATCH_TOKENS), lambda: self.run_many([task], given)[task])
             else:
                 windows = list(self._windows(chosen, text, texts, pairs, arrays))
                 cut = [(rows + WINDOW_ROWS * number, batch) for number, window in enumerate(windows) for rows, batch in batches(window)]
-                work = TextWork(chosen, cut, [flag for window in windows for flag in window.truncated], resident)
+                flags = [flag for window in windows for flag in window.truncated]
+                work = TextWork(chosen, cut, flags, checked_set(self.manifest, resident))
             return self.serve().submit(work, task, deadline, priority, on_end)
 
     def serve(self, queue: int = 256, patience: int = 2, order: str = "overlap", rows: int = BATCH_ROWS) -> Serving:

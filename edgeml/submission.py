@@ -5,6 +5,7 @@ one task are computed together where they fit.
 from __future__ import annotations
 
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
@@ -107,7 +108,8 @@ class SessionEngine:
             if not found.leased:
                 return found
             work.resident = self._resident_set(work.task.name)  # kept: the task's own may have changed when it runs
-        return WorkingSet(work.task.name, frozenset(work.resident.pages), leased=True)
+        mask = zlib.crc32(np.ascontiguousarray(work.resident.mask).tobytes())
+        return WorkingSet(work.task.name, frozenset(work.resident.pages), leased=True, mask=mask)
 
     def compute(self, works: Sequence[TextWork | ImageWork], leased: bool, paged: Callable[[], None]) -> None:
         """A step of each. Answers are kept once all of them are there."""
@@ -116,7 +118,7 @@ class SessionEngine:
             paged()
             first.run()
             return
-        texts = [work for work in works if isinstance(work, TextWork)]
+        texts = [work for work in works if isinstance(work, TextWork) and work.batch is not None]
         batches = [work.batch for work in texts if work.batch is not None]
         counters = Counters()
         if not batches:  # no texts at all: no answers

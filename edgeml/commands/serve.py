@@ -53,6 +53,7 @@ INPUTS = ("text", "text_pair", "texts", "pairs", "images")
 KEYS = {"id", "task", "deadline_s", "priority", *INPUTS}
 ID_LIMIT = 256
 CHUNK = 1 << 16
+STUCK_S = 2.0  # how long after a signal the answers may take to go out
 
 
 @click.command("serve-stdin")
@@ -96,6 +97,7 @@ def command(
     {"id": 2, "state": "refused", "error": "the queue is full (...)"}             out
     """
     source = _standard_input()
+    _need_standard_output()
     with open_session(bundle, memory, threads, residency, **variant) as session:
         notes(session.notes, quiet)
         session.serve(waiting, patience)
@@ -107,6 +109,11 @@ def _standard_input() -> int:
         return sys.stdin.fileno()
     except (AttributeError, OSError, ValueError):
         raise DataError("-: there is no standard input") from None
+
+
+def _need_standard_output() -> None:
+    if sys.stdout is None:
+        raise DataError("-: there is no standard output to answer on")
 
 
 class _Desk:
@@ -135,7 +142,9 @@ class _Desk:
                     self._drain_pipe()
                 self._session.serve().close()  # cancels what waits, which after the end of input is nothing
                 self._lines.put(None)
-                writer.join()
+                writer.join(STUCK_S if self._signal else None)
+                if writer.is_alive():  # told to stop, and nobody reads what it has to say
+                    os._exit(130 if self._signal == signal.SIGINT else 0)
         finally:
             os.close(self._woken)
             os.close(self._wake)
@@ -236,8 +245,10 @@ class _Desk:
             said |= {"task": task.name, "results": list(answers_of(task, result)), "latency_s": result.latency_s}
         except EdgemlError as error:
             said["error"] = _sentence(str(error))
-        self._lines.put(said)
+        except Exception as error:  # whatever happens, the line goes out, or its parent waits for ever
+            said |= {"state": "failed", "error": f"a fault in edgeml itself: {type(error).__name__}: {_sentence(str(error))}"}
         with self._lock:
+            self._lines.put(said)
             del self._under_way[name]
         self._wake_up()
 

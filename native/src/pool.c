@@ -18,6 +18,13 @@ static void pause_cpu(void) {
 #endif
 }
 
+/* Take a seat of what runs now; 0 where all are taken or the caller needs nobody any more. */
+static int take_seat(pool *p) {
+  unsigned left = atomic_load(&p->seats_left);
+  while (left && !atomic_compare_exchange_weak(&p->seats_left, &left, left - 1)) continue;
+  return left > 0;
+}
+
 /* Wait until the generation is no longer `seen`; returns 0 when stopping. */
 static int await_work(pool *p, unsigned seen) {
   for (unsigned spin = 0; spin < SPINS; spin++) {
@@ -36,7 +43,8 @@ static void *worker_main(void *argument) {
   struct pool_seat *seat = argument;
   pool *p = seat->pool;
   for (unsigned seen = 0; await_work(p, seen);) {
-    seen++; /* every generation is waited for, so none is skipped */
+    seen++;
+    if (!take_seat(p)) continue; /* too late: the others have done it */
     p->body(p->argument, seat->worker);
     atomic_fetch_sub(&p->running, 1);
   }
@@ -87,9 +95,13 @@ void pool_run(pool *p, void (*body)(void *argument, int worker), void *argument)
   }
   p->body = body, p->argument = argument;
   atomic_store(&p->running, (unsigned)p->threads - 1);
+  atomic_store(&p->seats_left, (unsigned)p->threads - 1);
   atomic_fetch_add(&p->generation, 1);
   wake_sleepers(p);
   body(argument, 0);
+  /* Nobody waits for a worker that has not woken yet. One that took a seat, of whichever generation it thinks, is waited for, and
+   * body and argument stay until it is done. */
+  atomic_fetch_sub(&p->running, atomic_exchange(&p->seats_left, 0));
   for (unsigned spin = 0; atomic_load(&p->running); spin++) {
     if (spin < SPINS) pause_cpu();
     else sched_yield();

@@ -1,7 +1,7 @@
 /* Compute threads that share the work of one call.
  *
- * pool_run calls `body(argument, worker)` on every thread of the pool, the caller being worker 0, and returns when all have
- * returned. Bodies take pieces of work from a common counter or list, so the number that take part changes nothing but time:
+ * pool_run calls `body(argument, worker)` on the calling thread, worker 0, and on those of the pool that wake before it is done,
+ * and returns when all of them have returned: nobody waits for a thread that is still asleep. Bodies take pieces of work from a common counter or list, so the number that take part changes nothing but time:
  * a caller that finds the pool taken by another simply runs the body alone.
  *
  * Waiting workers spin for some microseconds, because waking a sleeping thread costs more than a small layer, then sleep.
@@ -18,7 +18,7 @@ typedef struct pool {
   pthread_mutex_t owner; /* held by the call that has the pool */
   pthread_mutex_t lock;  /* for sleeping */
   pthread_cond_t wake;
-  atomic_uint generation, running;
+  atomic_uint generation, running, seats_left;
   atomic_int sleepers, stopping;
   void (*body)(void *argument, int worker);
   void *argument;

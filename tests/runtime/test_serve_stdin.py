@@ -221,3 +221,15 @@ def test_no_standard_input(toy: Path) -> None:
     assert done.returncode == 3
     assert done.stderr == "edgeml: -: there is no standard input\n"
     assert done.stdout == ""
+
+
+def test_a_parent_that_reads_nothing_cannot_keep_it_from_stopping(child: Child) -> None:
+    child.send(*(b"nonsense that is answered by a long sentence\n" for _ in range(3000)))
+    child.process.send_signal(signal.SIGTERM)
+    assert child.process.wait(60) == 0
+
+
+def test_without_standard_output_it_says_so(toy: Path) -> None:
+    command = f'exec "{sys.executable}" -P -m edgeml.cli serve-stdin "{toy}" >&-'
+    done = subprocess.run(["sh", "-c", command], input=b"", capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr.decode().strip()) == (3, "edgeml: -: there is no standard output to answer on")
