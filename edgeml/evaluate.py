@@ -20,7 +20,7 @@ from edgeml.errors import DataError, UsageError
 from edgeml.image_data import ImageSet, ImageTask
 from edgeml.manifest import ImageStages, Manifest, Task
 from edgeml.metrics import bootstrap, from_tally, retention, score, tally
-from edgeml.router import ResidentSet, usage_of
+from edgeml.router import ResidentSet, share_of, usage_of
 
 __all__ = [
     "Answered",
@@ -221,7 +221,7 @@ def kept_set(manifest: Manifest, task: str, share: float, seed: int | None) -> R
     mask = np.full((len(manifest.sites), width), -np.inf, np.float32)
     pages: set[int] = set()
     for number, site in enumerate(manifest.sites):
-        kept = order[number][: int(share * len(site.experts) + 1e-9)]
+        kept = order[number][: share_of(len(site.experts), share)]
         if not len(kept) and not site.shared:
             raise UsageError(f"site '{site.name}' has no shared expert, so at least one routed expert must be kept there")
         mask[number, kept] = 0

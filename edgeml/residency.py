@@ -42,7 +42,7 @@ from edgeml.resident import (
     key_of,
     mask_for_deadline,
 )
-from edgeml.router import ResidentSet, mask_of, usage_of
+from edgeml.router import ResidentSet, mask_of, share_of, usage_of
 from edgeml.sidecar import Learned, load, place_of, save
 from edgeml.store import STATED_RATE, Budget
 from edgeml.trace import choices, tracing_stage
@@ -293,5 +293,5 @@ class Residents:
         measured: set[int] = set()
         for site, importance in zip(sites, usage, strict=True):
             order = sorted(range(len(site.experts)), key=lambda e: (-importance[e], e))
-            measured |= {site.experts[e].page for e in order[: int(share * len(site.experts) + 0.5)]}
+            measured |= {site.experts[e].page for e in order[: share_of(len(site.experts), share)]}
         return covered(sites, usage, self.resident_set(task).pages) >= covered(sites, usage, measured) - COVERED_ALIKE

@@ -27,6 +27,11 @@ class ResidentSet:
     mask: NDArray[np.float32]
 
 
+def share_of(experts: int, share: float) -> int:
+    """How many experts are at most this share of a site's."""
+    return int(share * experts + 1e-9)
+
+
 def checked_set(manifest: Manifest, resident: ResidentSet | None) -> ResidentSet | None:
     """The set, if it is one of the bundle's routed experts. Raises `UsageError` for other pages and for a mask of another shape."""
     if resident is None:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,13 +40,14 @@ from edgeml.manifest import ImageStages, Manifest, Preprocess, Task, TaskStages,
 from edgeml.preprocess import TextBatch, TextPreprocessor
 from edgeml.residency import Pick, Residents
 from edgeml.result import Counters, Result, checked_answer
-from edgeml.router import ResidentSet, checked_set, mask_of, resident_set
-from edgeml.scheduler_events import Limits, Step, WorkingSet
-from edgeml.serving import Serving, Ticket
+from edgeml.router import ResidentSet, checked_set, mask_of
 from edgeml.store import REQUESTS, naming, open_context, resolve_threads
-from edgeml.submission import ImageWork, SessionEngine, TextWork
 from edgeml.trace import choices, tracing_stage
 from edgeml.variants import Wish, choose_variant, with_variant
+
+if TYPE_CHECKING:  # what only submitted requests need is loaded with the first of them
+    from edgeml.scheduler_events import WorkingSet
+    from edgeml.serving import Serving, Ticket
 
 __all__ = ["RESIDENCIES", "Counters", "Result", "Session", "find_task", "open"]
 
@@ -222,23 +223,25 @@ class Session:
         which nobody wants the answer; `priority` from -100 to 100, 0 as a rule, higher goes first. `on_end(ticket)` is called, by
         another thread, when it has ended. Raises as `run` for inputs that are wrong, and `UsageError` for such a deadline or priority.
         """
+        from edgeml.submission import ImageWork, text_work
+
         chosen = self.task(task)
         with self._call():
-            work: TextWork | ImageWork
             if isinstance(chosen.stages, ImageStages) or images is not None:
                 if (text, texts, pairs, arrays, resident) != (None,) * 5 or images is None:
                     raise UsageError(f"task '{chosen.name}' takes {_wanted(chosen)}, and nothing beside them")
                 given = image_list(images)
-                work = ImageWork(chosen, Step(BATCH_ROWS, BATCH_TOKENS), lambda: self.run_many([task], given)[task])
-            else:
-                windows = list(self._windows(chosen, text, texts, pairs, arrays))
-                cut = [(rows + WINDOW_ROWS * number, batch) for number, window in enumerate(windows) for rows, batch in batches(window)]
-                flags = [flag for window in windows for flag in window.truncated]
-                work = TextWork(chosen, cut, flags, checked_set(self.manifest, resident))
-            return self.serve().submit(work, task, deadline, priority, on_end)
+                work = ImageWork(chosen, lambda: self.run_many([task], given)[task])
+                return self.serve().submit(work, task, deadline, priority, on_end)
+            queued = text_work(chosen, self._windows(chosen, text, texts, pairs, arrays), checked_set(self.manifest, resident))
+            return self.serve().submit(queued, task, deadline, priority, on_end)
 
     def serve(self, queue: int = 256, patience: int = 2, order: str = "overlap", rows: int = BATCH_ROWS) -> Serving:
         """What runs submitted requests, begun with these limits when first asked for: most that wait, and see `Limits`."""
+        from edgeml.scheduler_events import Limits
+        from edgeml.serving import Serving
+        from edgeml.submission import SessionEngine
+
         with self._lock:
             if self._serving is None:
                 limits = Limits(self.budget.slots, queue, rows, BATCH_TOKENS, 1, patience, order)
@@ -354,14 +357,10 @@ class Session:
                 self._calls -= 1
 
     def _working_set(self, task: Task) -> WorkingSet:
-        """The pages that a request of this task needs: its resident set; or, where nothing is masked, those it will use most."""
-        if isinstance(task.stages, ImageStages):
-            return WorkingSet(task.name)
-        if self.residency == "masked":
-            return WorkingSet(task.name, frozenset(self.resident_set(task.name).pages), leased=True)
-        if self.budget.complete or task.name not in self.manifest.usage:
-            return WorkingSet(task.name)
-        return WorkingSet(task.name, frozenset(resident_set(self.manifest, self.manifest.usage[task.name], self.budget.pages).pages))
+        from edgeml.submission import working_set
+
+        masked = self.residency == "masked" and not isinstance(task.stages, ImageStages)
+        return working_set(self.manifest, task, self.budget, self.resident_set(task.name) if masked else None)
 
     def _advise(self, pages: Sequence[int], priority: int, load: bool) -> None:
         if load:

@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeml.batching import joined
-from edgeml.manifest import Task
+from edgeml.batching import BATCH_ROWS, BATCH_TOKENS, batches, joined
+from edgeml.manifest import ImageStages, Manifest, Task
 from edgeml.preprocess import TextBatch
 from edgeml.result import Counters, Result
-from edgeml.router import ResidentSet
+from edgeml.router import ResidentSet, resident_set
 from edgeml.scheduler_events import Step, WorkingSet
+from edgeml.store import Budget
 
-__all__ = ["ImageWork", "SessionEngine", "TextWork"]
+__all__ = ["ImageWork", "SessionEngine", "TextWork", "text_work", "working_set"]
 
 Floats = NDArray[np.float32]
 Batches = Iterable[tuple[NDArray[np.intp], TextBatch]]
@@ -67,13 +68,12 @@ class TextWork:
 class ImageWork:
     """Images of one task: one step, which nothing fits beside; `run` cuts it itself."""
 
-    def __init__(self, task: Task, full: Step, run: Callable[[], Result]) -> None:
-        self.task = task
-        self._full, self._run = full, run
+    def __init__(self, task: Task, run: Callable[[], Result]) -> None:
+        self.task, self._run = task, run
         self._result: Result | None = None
 
     def step(self) -> Step | None:
-        return self._full if self._result is None else None
+        return Step(BATCH_ROWS, BATCH_TOKENS) if self._result is None else None
 
     def run(self) -> None:
         """Compute it."""
@@ -82,6 +82,25 @@ class ImageWork:
     def result(self) -> Result:
         assert self._result is not None
         return self._result
+
+
+def text_work(task: Task, windows: Iterable[TextBatch], resident: ResidentSet | None) -> TextWork:
+    """The texts of these windows, one after the other, cut into batches."""
+    cut: list[tuple[NDArray[np.intp], TextBatch]] = []
+    truncated: list[bool] = []
+    for window in windows:
+        cut += [(rows + len(truncated), batch) for rows, batch in batches(window)]
+        truncated += window.truncated
+    return TextWork(task, cut, truncated, resident)
+
+
+def working_set(manifest: Manifest, task: Task, budget: Budget, leased: ResidentSet | None) -> WorkingSet:
+    """The pages that a request of this task needs: the set it leases; or, where nothing is masked, those it will use most."""
+    if leased is not None:
+        return WorkingSet(task.name, frozenset(leased.pages), leased=True)
+    if isinstance(task.stages, ImageStages) or budget.complete or task.name not in manifest.usage:
+        return WorkingSet(task.name)
+    return WorkingSet(task.name, frozenset(resident_set(manifest, manifest.usage[task.name], budget.pages).pages))
 
 
 class SessionEngine:

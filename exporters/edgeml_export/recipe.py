@@ -22,7 +22,7 @@ from typing import Any
 from edgeml.errors import InputError, UsageError
 from edgeml_export.passes import PASSES, Pass, Quantize, Usage
 
-__all__ = ["Recipe", "default_recipe", "parse_recipe", "read_recipe"]
+__all__ = ["Recipe", "default_recipe", "parse_recipe", "read_document", "read_recipe"]
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,17 @@ def default_recipe(with_data: bool) -> Recipe:
 
 def read_recipe(path: Path) -> Recipe:
     """Read a recipe file. Raises `InputError` naming the file and the pass."""
+    return parse_recipe(read_document(path), str(path))
+
+
+def read_document(path: Path) -> Mapping[str, Any]:
+    """A recipe file, decoded and no more. Raises `InputError` naming the file."""
     try:
-        document = tomllib.loads(path.read_bytes().decode("utf-8"))
+        return tomllib.loads(path.read_bytes().decode("utf-8"))
     except OSError as error:
         raise InputError(f"{path}: the recipe cannot be read ({error.strerror})") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"{path}: the recipe is not TOML in UTF-8 ({error})") from error
-    return parse_recipe(document, str(path))
 
 
 def parse_recipe(document: Mapping[str, Any], where: str) -> Recipe:

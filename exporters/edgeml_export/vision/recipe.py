@@ -21,7 +21,6 @@ An ONNX file says nothing about its tasks: its recipe has a table [image] and a 
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -29,6 +28,7 @@ from typing import Any, TypeVar
 
 from edgeml.errors import InputError, UsageError
 from edgeml.sizes import parse_bytes
+from edgeml_export.recipe import read_document
 from edgeml_export.vision.int8 import METHODS, REDUCE, WHEN, Int8
 
 __all__ = ["Limits", "Prune", "Tune", "VariantStep", "VisionRecipe", "default_recipe", "parse_recipe", "parse_table", "read_recipe"]
@@ -132,13 +132,7 @@ def default_recipe(with_data: bool) -> VisionRecipe:
 
 def read_recipe(path: Path) -> VisionRecipe:
     """Read a recipe file. Raises `InputError` naming the file and the place in it."""
-    try:
-        document = tomllib.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: the recipe cannot be read ({error.strerror})") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{path}: the recipe is not TOML in UTF-8 ({error})") from error
-    return parse_recipe(document, str(path))
+    return parse_recipe(read_document(path), str(path))
 
 
 def parse_recipe(document: Mapping[str, Any], where: str) -> VisionRecipe:
