@@ -29,15 +29,15 @@ check-tools:
 	@$(PYTHON) -c 'import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.get_paths()["include"], "Python.h").exists())' || { echo "edgeml: Python's headers are missing (Debian, Ubuntu: apt-get install python3-dev)"; exit 2; }
 
 # The development environment, made anew when the packaging changes.
-$(VENV)/ready: pyproject.toml | check-tools
+$(VENV)/ready: pyproject.toml exporters/pyproject.toml devices/pyproject.toml | check-tools
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet '.[export,dev]' cmake ninja
+	$(BIN)/pip install --quiet '.[dev]' ./exporters ./devices cmake ninja
 	touch $@
 
-# Reinstall the package itself, so that tests see what a user would get.
+# Reinstall the packages themselves, so that tests see what a user would get.
 install: $(VENV)/ready
-	$(BIN)/pip install --quiet --no-deps .
+	$(BIN)/pip install --quiet --no-deps . ./exporters ./devices
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -94,9 +94,9 @@ bench: install
 	$(BIN)/python benchmarks/startup.py || broken=1; \
 	exit $$broken
 
-# The wheel of the runtime.
+# The wheels: the runtime's for devices, and those of the two rooms for workstations.
 build: $(VENV)/ready
-	$(BIN)/pip wheel --quiet --no-deps -w dist .
+	$(BIN)/pip wheel --quiet --no-deps -w dist . ./exporters ./devices
 
 clean:
 	rm -rf build dist $(VENV) $(DEMO_VENV)

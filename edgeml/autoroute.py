@@ -26,8 +26,9 @@ from edgeml.manifest_groups import GroupRouter
 from edgeml.native import Request
 from edgeml.preprocess import TextBatch
 from edgeml.result import Counters, Result, checked_answer
+from edgeml.router import checked_bias
 
-__all__ = ["AutoRouter", "Routed", "checked_bias", "choose_groups", "router_of"]
+__all__ = ["AutoRouter", "Routed", "choose_groups", "router_of"]
 
 Floats = NDArray[np.float32]
 #: Cuts a window into batches of similar length, each with the rows it came from.
@@ -188,23 +189,6 @@ def choose_groups(scores: Floats, fits: list[bool]) -> NDArray[np.intp]:
     """The likeliest group of each row (n, G) among those that fit, the first on a tie."""
     group: NDArray[np.intp] = np.where(fits, scores, -np.inf).argmax(-1)
     return group
-
-
-def checked_bias(manifest: Manifest, bias: NDArray[Any], rows: int, where: str) -> Floats:
-    """A router's bias (rows, S, E). Raises `BundleError` for another shape, for a number that is no bias, and for a bare site.
-
-    Minus infinity forbids an expert; a site without shared experts must keep one.
-    """
-    width = max((len(site.experts) for site in manifest.sites), default=0)
-    wanted = (rows, len(manifest.sites), width)
-    if bias.dtype != np.float32 or bias.shape != wanted:
-        raise BundleError(f"{where} answers a bias {bias.dtype} {bias.shape} instead of float32 {wanted}")
-    if np.isnan(bias).any() or np.isposinf(bias).any():
-        raise BundleError(f"{where} answers a bias that is not a number or infinite; its weights are faulty")
-    for number, site in enumerate(manifest.sites):
-        if not site.shared and np.isneginf(bias[:, number, : len(site.experts)]).all(-1).any():
-            raise BundleError(f"{where} leaves no expert of site '{site.name}' to choose, and it has no shared one")
-    return bias
 
 
 def _checked_scores(router: GroupRouter, scores: NDArray[Any], rows: int, where: str) -> Floats:

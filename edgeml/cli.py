@@ -1,8 +1,8 @@
 """The `edgeml` command: finds the module of a command, and turns every error into one sentence and an exit code.
 
 Commands are loaded when they are asked for, so `edgeml --help` imports neither NumPy nor onnxruntime nor torch. Those of the
-runtime stand in `COMMANDS`; other rooms add theirs through entry points of the group `edgeml.commands`, `name = "module:command"`,
-and are listed where they are installed. A command whose optional dependencies are missing says so when it is used.
+runtime stand in `COMMANDS`; other rooms add theirs through entry points of the group `edgeml.commands`, `name = "module:command"`.
+A command whose distribution or optional dependencies are missing says so when it is used.
 """
 
 from __future__ import annotations
@@ -31,8 +31,11 @@ COMMANDS = {
     "verify": ("edgeml.commands.verify", "Check every byte of a bundle, and that every graph loads."),
 }
 GROUP = "edgeml.commands"
-#: Lines in `edgeml --help` for commands of other rooms, which are not imported to ask them.
-LINES = {"export": "Turn a torch model into a bundle."}
+#: Commands of other rooms: their extra, and their line in `edgeml --help`, which shows them installed or not.
+ROOMS = {
+    "device": ("devices", "Boards and phones: profiles, prediction, runs on a device."),
+    "export": ("export", "Turn a torch model into a bundle."),
+}
 #: Optional dependency -> the extra that installs it.
 EXTRAS = {"onnx": "export", "safetensors": "export", "torch": "export"}
 
@@ -41,7 +44,7 @@ class _Lazy(click.Group):
     """A group whose commands are imported when first used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(COMMANDS | _others())
+        return sorted(COMMANDS | ROOMS | _others())
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name in COMMANDS:
@@ -49,14 +52,17 @@ class _Lazy(click.Group):
             return command
         found = _others().get(name)
         if found is None:
+            if name in ROOMS:
+                raise MissingExtra(f"edgeml {name}", ROOMS[name][0])
             return None
         loaded: click.Command = found.load()
         return loaded
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        others = {name: LINES.get(name, f"A command of {point.module.split('.')[0]}.") for name, point in _others().items()}
+        others = {name: f"A command of {point.module.split('.')[0]}." for name, point in _others().items()}
+        known = {name: line for name, (_, line) in (COMMANDS | ROOMS).items()}
         with formatter.section("Commands"):
-            formatter.write_dl(sorted((others | {name: line for name, (_, line) in COMMANDS.items()}).items()))
+            formatter.write_dl(sorted((others | known).items()))
 
 
 def _others() -> dict[str, EntryPoint]:

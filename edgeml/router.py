@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeml.errors import UsageError
+from edgeml.errors import BundleError, UsageError
 from edgeml.manifest import Manifest
 from edgeml.resident import best_pages
 
-__all__ = ["ResidentSet", "mask_of", "resident_set", "usage_of"]
+__all__ = ["ResidentSet", "checked_bias", "mask_of", "resident_set", "usage_of"]
 
 
 @dataclass(frozen=True)
@@ -68,3 +69,20 @@ def mask_of(manifest: Manifest, pages: Collection[int]) -> NDArray[np.float32]:
             if expert.page in pages:
                 mask[number, index] = 0
     return mask
+
+
+def checked_bias(manifest: Manifest, bias: NDArray[Any], rows: int, where: str) -> NDArray[np.float32]:
+    """A router's bias (rows, S, E). Raises `BundleError` for another shape, for a number that is no bias, and for a bare site.
+
+    Minus infinity forbids an expert; a site without shared experts must keep one.
+    """
+    width = max((len(site.experts) for site in manifest.sites), default=0)
+    wanted = (rows, len(manifest.sites), width)
+    if bias.dtype != np.float32 or bias.shape != wanted:
+        raise BundleError(f"{where} answers a bias {bias.dtype} {bias.shape} instead of float32 {wanted}")
+    if np.isnan(bias).any() or np.isposinf(bias).any():
+        raise BundleError(f"{where} answers a bias that is not a number or infinite; its weights are faulty")
+    for number, site in enumerate(manifest.sites):
+        if not site.shared and np.isneginf(bias[:, number, : len(site.experts)]).all(-1).any():
+            raise BundleError(f"{where} leaves no expert of site '{site.name}' to choose, and it has no shared one")
+    return bias

@@ -14,7 +14,6 @@ How images become batches stands in `image_requests`.
 
 from __future__ import annotations
 
-import difflib
 import os
 import threading
 import time
@@ -29,23 +28,22 @@ from numpy.typing import NDArray
 
 import edgeml
 from edgeml import native
-from edgeml.autoroute import AutoRouter, Routed, checked_bias, router_of
 from edgeml.batching import BATCH_ROWS, BATCH_TOKENS, batches, checked_arrays
 from edgeml.bundle import Bundle
 from edgeml.errors import BundleError, UsageError
 from edgeml.graph import Graphs
-from edgeml.image import ImageInput
-from edgeml.image_requests import image_list, run_images
 from edgeml.manifest import ImageStages, Manifest, Preprocess, Task, TaskStages, load_manifest
 from edgeml.preprocess import TextBatch, TextPreprocessor
 from edgeml.residency import Pick, Residents
 from edgeml.result import Counters, Result, checked_answer
-from edgeml.router import ResidentSet, checked_set, mask_of
+from edgeml.router import ResidentSet, checked_bias, checked_set, mask_of
 from edgeml.store import REQUESTS, naming, open_context, resolve_threads
 from edgeml.trace import choices, tracing_stage
 from edgeml.variants import Wish, choose_variant, with_variant
 
-if TYPE_CHECKING:  # what only submitted requests need is loaded with the first of them
+if TYPE_CHECKING:  # what only images, requests that name no task, or submitted ones need is loaded with the first of them
+    from edgeml.autoroute import Routed
+    from edgeml.image import ImageInput
     from edgeml.scheduler_events import WorkingSet
     from edgeml.serving import Serving, Ticket
 
@@ -56,10 +54,6 @@ WINDOW_ROWS = 512
 NO_WISH = Wish()
 
 Floats = NDArray[np.float32]
-
-
-def _nothing() -> None:
-    """What is done once a batch's pages are there, where nobody waits for that."""
 
 
 class Session:
@@ -157,6 +151,8 @@ class Session:
 
         Raises `UsageError` where the bundle has no such router, otherwise as `run`.
         """
+        from edgeml.autoroute import AutoRouter, router_of
+
         where, masked = str(self.bundle.path), self.residency == "masked"
         first = self.task(router_of(self.manifest, where).groups[0].tasks[0])
         windows = self._windows(replace(first, pair=pairs is not None), text, texts, pairs, None)
@@ -173,6 +169,8 @@ class Session:
 
         Raises `UsageError` for a task that takes texts, otherwise as `run`.
         """
+        from edgeml.image_requests import image_list, run_images
+
         chosen = [self.task(name) for name in dict.fromkeys([tasks] if isinstance(tasks, str) else tasks)]
         for task in chosen:
             if not isinstance(task.stages, ImageStages):
@@ -230,6 +228,8 @@ class Session:
             if isinstance(chosen.stages, ImageStages) or images is not None:
                 if (text, texts, pairs, arrays, resident) != (None,) * 5 or images is None:
                     raise UsageError(f"task '{chosen.name}' takes {_wanted(chosen)}, and nothing beside them")
+                from edgeml.image_requests import image_list
+
                 given = image_list(images)
                 work = ImageWork(chosen, lambda: self.run_many([task], given)[task])
                 return self.serve().submit(work, task, deadline, priority, on_end)
@@ -409,7 +409,7 @@ class Session:
         return values, [float(value) for value in row_s]
 
     def _run_batch(
-        self, task: Task, batch: TextBatch, resident: ResidentSet | None, counters: Counters, paged: Callable[[], None] = _nothing
+        self, task: Task, batch: TextBatch, resident: ResidentSet | None, counters: Counters, paged: Callable[[], None] = lambda: None
     ) -> Floats:
         assert isinstance(task.stages, TaskStages)
         tensors = self._run_stages(task, self._residents.stages(task, task.stages), batch, resident, counters, paged)
@@ -422,7 +422,7 @@ class Session:
         batch: TextBatch,
         resident: ResidentSet | None,
         counters: Counters,
-        paged: Callable[[], None] = _nothing,
+        paged: Callable[[], None] = lambda: None,
     ) -> dict[str, NDArray[Any]]:
         tensors: dict[str, NDArray[Any]] = {"ids": batch.ids, "types": batch.types, "mask": batch.mask}
         masked = self._residents.hides(resident)
@@ -486,6 +486,8 @@ def find_task(manifest: Manifest, name: str, where: str) -> Task:
         return manifest.tasks[names.index(name)]
     if not names:
         raise UsageError(f"{where} answers no task")
+    import difflib
+
     closest = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
     listed = closest + [other for other in sorted(names) if other not in closest]
     more = f" and {len(listed) - 20} more" if len(listed) > 20 else ""

@@ -75,7 +75,7 @@ class Graph:
         self._nodes.append(helper.make_node(kind, inputs, names, f"{self.scope}{kind}.{len(self._nodes)}", domain=domain, **attributes))
         return names
 
-    def ours(self, kind: str, *inputs: str, **attributes: int) -> str:
+    def ours(self, kind: str, *inputs: str, **attributes: int | float) -> str:
         """Add one of our operators."""
         return self.split(kind, *inputs, names=[f"{self.scope}{kind}_{len(self._nodes)}"], domain=DOMAIN, **attributes)[0]
 

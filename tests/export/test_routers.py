@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,11 @@ from edgeml_export.routers import (
     save_router,
     train_gate,
 )
+from native_case import make_case
 from numpy.typing import NDArray
 
 import edgeml
+from edgeml import native
 from edgeml.bundle import Bundle
 from edgeml.errors import InputError, UsageError
 from edgeml.made import make_mixture
@@ -140,26 +142,38 @@ GROUP_ROUTERS: dict[str, tuple[Callable[[], Any], Callable[[Any], Callable[[Floa
 
 
 @pytest.mark.parametrize("name", GROUP_ROUTERS)
-def test_group_routers_agree(requests: tuple[torch.Tensor, torch.Tensor], name: str) -> None:
+def test_group_routers_agree(requests: tuple[torch.Tensor, torch.Tensor], name: str, context: native.Context) -> None:
     torch.manual_seed(0)
     make, oracle = GROUP_ROUTERS[name]
     router: GroupRouter = make()
     table = drawn(GROUPS, SITES, EXPERTS).numpy()
-    groups, bias = run(group_graph(router, table), requests)
+    groups, bias = run(group_graph(router, table), requests, context)
     with torch.no_grad():
         np.testing.assert_allclose(router(*requests).numpy(), groups, atol=1e-6)
     np.testing.assert_allclose(per_request(requests, oracle(router)), groups, atol=1e-5)
     assert (bias == table[groups.argmax(-1)]).all()
-    assert len(run(group_graph(router), requests)) == 1
+    assert len(run(group_graph(router), requests, context)) == 1
     with pytest.raises(ValueError, match="bias table"):
         group_graph(router, table[:2])
 
 
-def run(graph: bytes, requests: tuple[torch.Tensor, torch.Tensor]) -> list[Any]:
+@pytest.fixture(scope="module")
+def context(tmp_path_factory: pytest.TempPathFactory) -> Iterator[native.Context]:
+    with make_case(tmp_path_factory.mktemp("routers")).open(threads=1) as opened:
+        yield opened
+
+
+def run(graph: bytes, requests: tuple[torch.Tensor, torch.Tensor], context: native.Context | None = None) -> list[Any]:
+    """The graph's outputs; only with a context may it use our operators."""
     model = onnx.load_from_string(graph)
     onnx.checker.check_model(model)
-    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 17)]
-    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    used = {node.domain for node in model.graph.node}
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 17), ("edgeml", 1)][: len(used)]
+    options = onnxruntime.SessionOptions()
+    if context is not None:
+        options.add_session_config_entry("edgeml.context", context.handle)
+        options.register_custom_ops_library(native.LIBRARY_PATH)
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     return list(session.run(None, {"hidden0": requests[0].numpy(), "mask": requests[1].numpy()}))
 
 

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 import edgeml
-from edgeml.autoroute import checked_bias, choose_groups
+from edgeml.autoroute import choose_groups
 from edgeml.bundle import Bundle, PageSource, write_bundle
 from edgeml.cli import main
 from edgeml.errors import BundleError, EdgemlError, UsageError
@@ -20,6 +20,7 @@ from edgeml.graph_bytes import Node, graph
 from edgeml.layout import PageKind
 from edgeml.made import make_mixture
 from edgeml.manifest import load_manifest, parse_manifest
+from edgeml.router import checked_bias
 
 TASKS = {"weather": ("sun", "rain"), "season": ("spring", "winter"), "mood": ("good", "bad")}
 GROUPS = [{"name": "sky", "tasks": ["weather", "season"]}, {"name": "feeling", "tasks": ["mood"]}]

@@ -71,7 +71,7 @@ class ScarRouter(GroupRouter):
         t = g.op("MatMul", x, _turned(g, "key", self.key.weight))
         if self.buckets is not None:
             qkv = g.op("MatMul", x, _turned(g, "qkv", self.qkv.weight))
-            mixed = draw_sparse_attention(g, qkv, self.buckets.draw(g, x), self.heads, self.width // self.heads)
+            mixed = draw_sparse_attention(g, qkv, x, self.buckets, self.heads)
             t = g.op("Add", t, g.op("MatMul", mixed, _turned(g, "output", self.output.weight)))
         a = g.op("MatMul", t, _turned(g, "query", self.query / self.width**0.5))
         r = self._draw_responses(g, g.op("Transpose", a, perm=[0, 2, 1]))

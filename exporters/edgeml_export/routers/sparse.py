@@ -1,4 +1,4 @@
-"""SCAR's sparse attention in torch and in standard ONNX operators: who may look at whom is decided by where tokens lie.
+"""SCAR's sparse attention in torch and as a graph: who may look at whom is decided by where tokens lie.
 
 After "Fragile Mastery" (2503.22698), repaired: centroids and prototypes are fitted once on calibration tokens and frozen, so an
 answer depends on no batch mate. With x_i = LN0(token i), n its width:
@@ -9,19 +9,20 @@ answer depends on no batch mate. With x_i = LN0(token i), n its width:
                              or  domain_i = domain_j and conf_i > theta and conf_j > theta )
     y_i       = sum_j softmax_{j: allow_ij}( q_i k_j / sqrt(dh) ) v_j,   0 where i is padding
 
-`draw_sparse_attention` spells the mask out, N x N, which is right for a router's 256 tokens; it is the one place to change for an
-operator that never does.
+In torch the mask is spelt out, N x N, for training on short texts. The graph has the operator `edgeml.ScarAttention`, which sorts
+tokens into buckets and never does: 4,096 tokens are no more than 64 times the work of 64.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+from onnx import TensorProto
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeml_export.graphs import Graph, numpy_of
-from edgeml_export.routers.stage import NEVER, draw_range
+from edgeml_export.routers.stage import NEVER
 
 __all__ = ["Buckets", "density", "draw_sparse_attention", "sparse_attention"]
 
@@ -65,20 +66,16 @@ class Buckets(nn.Module):
         near = near | (cluster[:, :, None] == cluster[:, None]) | same
         return near & (mask[:, None] > 0)
 
-    def draw(self, g: Graph, x: str) -> str:
-        """allow (B, N, N), from the name of x (B, N, d)."""
+    def draw(self, g: Graph, x: str) -> tuple[str, str, str]:
+        """cluster, domain (B, N) int32 and confidence (B, N), from the name of x (B, N, d)."""
         distance = g.op("MatMul", x, g.constant("centroids", np.ascontiguousarray(-2 * numpy_of(self.centroids).T)))
         distance = g.op("Add", distance, g.constant("centroids.square", numpy_of(self.centroids.square().sum(-1))))
         p = g.op("Softmax", g.op("MatMul", x, g.constant("prototypes", np.ascontiguousarray(numpy_of(self._scaled()).T))), axis=-1)
-        sure = g.op("Greater", g.op("ReduceMax", p, axes=[-1], keepdims=0), g.scalar(self.theta))
-        place = draw_range(g, g.op("Shape", x, start=1, end=2))
-        first = g.op("Less", place, g.integers(self.leading))
-        near = _pairs(g, "Or", g.op("Unsqueeze", first, g.integers(0)))
-        near = g.op("Or", near, _pairs(g, "Equal", g.op("Unsqueeze", place, g.integers(0))))
-        near = g.op("Or", near, _pairs(g, "Equal", g.op("ArgMin", distance, axis=-1, keepdims=0)))
-        same = _pairs(g, "Equal", g.op("ArgMax", p, axis=-1, keepdims=0))
-        near = g.op("Or", near, g.op("And", same, _pairs(g, "And", sure)))
-        return g.op("And", near, g.op("Unsqueeze", g.op("Greater", "mask", g.scalar(0.0)), g.integers(1)))
+        confidence = g.op("ReduceMax", p, axes=[-1], keepdims=0)
+        cluster, domain = (
+            g.op("Cast", g.op(kind, of, axis=-1, keepdims=0), to=TensorProto.INT32) for kind, of in (("ArgMin", distance), ("ArgMax", p))
+        )
+        return cluster, domain, confidence
 
     def _scaled(self) -> Tensor:
         return self.prototypes / (self.prototypes.shape[-1] ** 0.5 * self.temperature)
@@ -98,19 +95,12 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor, mask: Tenso
     return torch.einsum("bhij,bjhd->bihd", mixed, v).flatten(2) * mask[..., None]
 
 
-def draw_sparse_attention(g: Graph, qkv: str, allow: str, heads: int, width: int) -> str:
-    """The same from qkv (B, N, 3 H dh), its parts one after the other; `width` is dh."""
-    by_head = g.op("Transpose", g.op("Reshape", qkv, g.integers(0, 0, 3 * heads, width)), perm=[0, 2, 1, 3])
-    q, k, v = g.split("Split", by_head, names=[g.scope + part for part in ("query", "key", "value")], axis=1)
-    scores = g.op("Mul", g.op("MatMul", q, g.op("Transpose", k, perm=[0, 1, 3, 2])), g.scalar(width**-0.5))
-    scores = g.op("Where", g.op("Unsqueeze", allow, g.integers(1)), scores, g.scalar(NEVER))
-    mixed = g.op("Transpose", g.op("MatMul", g.op("Softmax", scores, axis=-1), v), perm=[0, 2, 1, 3])
-    return g.op("Mul", g.op("Reshape", mixed, g.integers(0, 0, heads * width)), g.op("Unsqueeze", "mask", g.integers(2)))
-
-
-def _pairs(g: Graph, kind: str, x: str) -> str:
-    """`kind` of every two tokens: x (B, N) -> (B, N, N)."""
-    return g.op(kind, g.op("Unsqueeze", x, g.integers(2)), g.op("Unsqueeze", x, g.integers(1)))
+def draw_sparse_attention(g: Graph, qkv: str, x: str, buckets: Buckets, heads: int) -> str:
+    """The same from qkv (B, N, 3 H dh), its parts one after the other, and the x (B, N, d) that `buckets` sorts."""
+    q, k, v = g.split("Split", qkv, names=[g.scope + part for part in ("query", "key", "value")], axis=2)
+    pad = g.op("Less", "mask", g.scalar(0.5))
+    sizes = {"clusters": len(buckets.centroids), "domains": len(buckets.prototypes), "heads": heads, "global_tokens": buckets.leading}
+    return g.ours("ScarAttention", q, k, v, *buckets.draw(g, x), pad, threshold=buckets.theta, **sizes)
 
 
 def _kmeans(x: Tensor, clusters: int, seed: int, rounds: int = 20) -> Tensor:
