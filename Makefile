@@ -65,6 +65,8 @@ model: install $(VENV)/source
 	cd examples/multitask_text && $(abspath $(BIN))/python train_dense.py --out ../../runs/dense --resume
 	cd examples/multitask_text && $(abspath $(BIN))/python train_mixture.py --dense ../../runs/dense --out ../../runs/mixture --resume
 	cd examples/multitask_text && $(abspath $(BIN))/python save_checkpoint.py --dense ../../runs/dense --mixture ../../runs/mixture
+	cd examples/multitask_text && $(abspath $(BIN))/python train_router.py --out ../../runs/router --rows 4000 --epochs 6 --only linear scar_top4
+	cp runs/router/router.safetensors examples/multitask_text/router.safetensors
 	$(MAKE) export-demo EXPORTED=models/multitask-text.edgeml
 
 # The committed checkpoint to a bundle with evidence: minutes, no training. Needs the tasks' data in EDGEML_SHARED.
@@ -72,7 +74,9 @@ EXPORTED ?= build/multitask-text.edgeml
 export-demo: install $(VENV)/source
 	@test -d $(EDGEML_SHARED)/data/text || { echo "edgeml: the tasks' data is not at $(EDGEML_SHARED)/data/text; name its place: make export-demo EDGEML_SHARED=DIR"; exit 2; }
 	@mkdir -p $(dir $(EXPORTED))
-	$(BIN)/edgeml export examples/multitask_text/model.py:mixture -o $(EXPORTED) --recipe examples/multitask_text/recipe.toml --data $(EDGEML_SHARED)/data/text
+	$(BIN)/edgeml export examples/multitask_text/model.py:mixture -o $(EXPORTED).unrouted --recipe examples/multitask_text/recipe.toml --data $(EDGEML_SHARED)/data/text
+	cd examples/multitask_text && $(abspath $(BIN))/python attach_router.py --router router.safetensors --bundle $(abspath $(EXPORTED)).unrouted --out $(abspath $(EXPORTED))
+	rm $(EXPORTED).unrouted
 
 # The two vision references from scratch, and their bundles: minutes of training each, then pruning. Interrupted, it resumes.
 vision-models: install
