@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Paging against what the machine allows: a made mixture with 256 MiB of experts at 100 %, 50 % and 25 % of its memory.
 
-    bound.py [--bundle large.edgeml] [--rounds 40] [--tokens 32] [--threads N]
+    bound.py [--bundle large.edgeml] [--rounds 40] [--tokens 32] [--threads N] [--read-rate 800MB]
 
 Each budget runs in a process of its own. In every round all three answer the same seeded random token ids, and this process reads
 about as many bytes of the same file as the 25 % run missed last: whole pages past the page cache, with as many readers as the
@@ -12,6 +12,10 @@ a rested disk, and a drift meets all of them.
 Bounds. Memory: the peak of each process, after opening and over the run, is at most its budget + 120 MiB. Time at 25 %: at least
 85 % of the speed of max(compute, bytes missed / measured read rate), where compute is the time of the same inputs at 100 %,
 everything in memory. The interval is a bootstrap over rounds.
+
+A site's pages are known only when the one before it is done, so what lies between two sites is time in which little can be read: the
+faster the disk, the more it weighs. `--read-rate` (root, and a kernel that can) lets this process and its children read only so much
+a second, as a board's flash does, and writes a record of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +28,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +44,7 @@ from edgeml.made import LARGE, make_mixture
 from edgeml.measure import peak_rss_bytes, rss_bytes
 from edgeml.metrics import Interval, bootstrap
 from edgeml.session import open as open_session
+from edgeml.sizes import parse_bytes
 
 BUDGETS = ("100%", "50%", "25%")
 OVER_BYTES = 120 << 20
@@ -237,6 +243,31 @@ def time_bound(said: dict[str, list[dict[str, Any]]], reads: Reads) -> tuple[Ver
     return verdict(name, f">= {SHARE_AT_LEAST}", found.value, found.value >= SHARE_AT_LEAST, found), figures
 
 
+@contextmanager
+def slowed(rate: int, folder: Path) -> Iterator[None]:
+    """This process, and those it starts, in a control group (version 1 or 2) that reads `folder`'s disk at most at `rate` bytes/s."""
+    place = folder.stat().st_dev
+    disk = f"{os.major(place)}:{os.minor(place)}"
+    root, version1 = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/blkio")
+    group = (version1 if version1.is_dir() else root) / f"edgeml-bound-{os.getpid()}"
+    try:
+        group.mkdir()
+        try:
+            if version1.is_dir():
+                (group / "blkio.throttle.read_bps_device").write_text(f"{disk} {rate}")
+            else:
+                (group / "io.max").write_text(f"{disk} rbps={rate}")
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+            yield
+            (group.parent / "cgroup.procs").write_text(str(os.getpid()))
+        finally:
+            group.rmdir()
+    except OSError as error:
+        raise DeviceError(
+            f"--read-rate: this system lets nobody slow its disk down here ({error}); run as root, or leave it out"
+        ) from error
+
+
 def main() -> int:
     options = parser(__doc__)
     options.add_argument("--bundle", type=Path, help="a bundle that edgeml.made wrote (default: LARGE, written for this run)")
@@ -244,6 +275,9 @@ def main() -> int:
     options.add_argument("--rounds", type=int, default=40)
     options.add_argument("--tokens", type=int, default=32)
     options.add_argument("--threads", type=int, help="threads to compute with (default: all processors)")
+    options.add_argument(
+        "--read-rate", type=parse_bytes, help="most that may be read a second, such as 800MB (default: what the disk gives)"
+    )
     options.add_argument("--worker", help="used by this script itself")
     chosen = options.parse_args()
     if chosen.worker is not None:
@@ -254,8 +288,10 @@ def main() -> int:
             print("writing the mixture ...", file=sys.stderr)
             bundle = Path(temporary) / "large.edgeml"
             make_mixture(bundle, LARGE)
-        verdicts, figures = measure(bundle, chosen)
-    return finish("paging-bound", verdicts, figures, chosen.records)
+        with slowed(chosen.read_rate, bundle.parent) if chosen.read_rate else nullcontext():
+            verdicts, figures = measure(bundle, chosen)
+    name = f"paging-bound-{chosen.read_rate // 1_000_000}mb-per-s" if chosen.read_rate else "paging-bound"
+    return finish(name, verdicts, figures | {"read_rate_limit_bytes_per_s": chosen.read_rate}, chosen.records)
 
 
 if __name__ == "__main__":

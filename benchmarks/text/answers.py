@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeml.data import Row, TaskData, find_tasks
-from edgeml.evaluate import Answered, answer_rows, match_tasks, read_labelled
+from edgeml.domains import Sheet
+from edgeml.evaluate import answer_rows, match_tasks, read_labelled
 from edgeml.manifest import Manifest
 from edgeml.metrics import Interval, bootstrap, score
 from edgeml.router import ResidentSet
@@ -41,8 +42,9 @@ class Questions:
         """The task's own metric, on some of its rows."""
         return score(self.task.metric, self.labels[rows], predicted[rows])
 
-    def answered(self, predicted: Labels, reference: Labels | None) -> Answered:
-        return Answered(self.task.name, self.task.domain, self.task.metric, self.labels, predicted, self.commonest, reference)
+    def sheet(self, *answers: Labels) -> Sheet:
+        """The task with its answers, the reference's first."""
+        return Sheet.of_labels(self.task.name, self.task.domain, self.task.metric, self.labels, self.commonest, answers)
 
 
 def read_questions(root: Path, manifest: Manifest, where: str, limit: int | None) -> list[Questions]:

@@ -60,8 +60,8 @@ def predict(session: Session, questions: Sequence[Questions], seeds: Sequence[in
 
 def retention_of(questions: Sequence[Questions], predicted: list[list[Labels]], reference: Sequence[Labels]) -> dict[str, Any]:
     """Retention against a reference's predictions, its interval, and the tasks that are left out."""
-    answered = [task.answered(one[0], other) for task, one, other in zip(questions, predicted, reference, strict=True)]
-    document = report(answered)
+    sheets = [task.sheet(other, one[0]) for task, one, other in zip(questions, predicted, reference, strict=True)]
+    document = report(sheets)
     return {"retention": document["retention"], "excluded": document["excluded"]}
 
 
