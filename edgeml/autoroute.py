@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,11 +28,19 @@ from edgeml.preprocess import TextBatch
 from edgeml.result import Counters, Result, checked_answer
 from edgeml.router import checked_bias
 
-__all__ = ["AutoRouter", "Routed", "choose_groups", "router_of"]
+__all__ = ["AutoRouter", "Choice", "Routed", "choose_groups", "router_of"]
 
 Floats = NDArray[np.float32]
 #: Cuts a window into batches of similar length, each with the rows it came from.
 Cut = Callable[[TextBatch], Iterator[tuple[NDArray[np.intp], TextBatch]]]
+
+
+class Choice(NamedTuple):
+    """Where a request that names no task belongs: the group, its probability, and those of its tasks that take the request's form."""
+
+    group: str
+    score: float
+    tasks: tuple[str, ...]
 
 
 @dataclass
@@ -82,6 +90,18 @@ class AutoRouter:
             result.truncated = [total.truncated[row] for row in total.rows[name]]
         total.latency_s = time.perf_counter() - started
         return total
+
+    def choose(self, windows: Iterable[TextBatch], pair: bool) -> list[Choice]:
+        """The group of every row; nothing is answered. Raises as `answer`."""
+        router = router_of(self.manifest, self.where)
+        fits = self._fitting(router, pair)
+        found: list[Choice] = []
+        for window in windows:
+            scores, _ = self._route(router, window, Counters())
+            for row, number in zip(scores, choose_groups(scores, [bool(tasks) for tasks in fits]), strict=True):
+                tasks = tuple(task.name for task in fits[number])
+                found.append(Choice(router.groups[number].name, float(row[number]), tasks))
+        return found
 
     def _answer_window(
         self, router: GroupRouter, fits: list[list[Task]], window: TextBatch, total: Routed, answers: dict[str, list[Floats]]

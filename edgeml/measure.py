@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 __all__ = ["SCHEMA", "Counted", "Phase", "Timing", "environment", "peak_rss_bytes", "percentile", "record", "rss_bytes", "time_rounds"]
 
-SCHEMA = 1
+SCHEMA = 2
 P99_AT_LEAST = 100
 
 
@@ -105,12 +105,13 @@ def _timed(call: Callable[[int], Counted], index: int) -> tuple[float, Counted]:
     return time.perf_counter() - started, counters
 
 
-def record(timing: Timing, settings: Mapping[str, Any]) -> dict[str, Any]:
+def record(timing: Timing, settings: Mapping[str, Any], kind: str = "run") -> dict[str, Any]:
     """One record: the settings, the environment, and the figures of a timing. Unmeasured figures are null."""
     warm, cold = timing.warm, timing.cold
     seconds = sum(warm.latency_s)
     return {
         "schema": SCHEMA,
+        "kind": kind,
         **settings,
         "rounds": len(warm.latency_s),
         "latency_s": _spread(warm.latency_s),

@@ -52,6 +52,7 @@ from edgeml.scheduler_events import (
     Step,
     Stepped,
     Submitted,
+    Ticked,
     WorkingSet,
 )
 
@@ -59,7 +60,7 @@ __all__ = ["Scheduler"]
 
 #: Batches, at their recent pace, before a deadline from which on it decides the order.
 URGENT = 4
-#: Sets that are kept for comparing; beyond that those that are not in use are let go.
+#: Sets that are kept for comparing, and deadlines of ended requests; beyond that those that are not in use are let go.
 SETS = 1024
 #: The priority that pages of the next set are advised.
 NEXT = 1 << 20
@@ -122,7 +123,7 @@ class Scheduler:
         self._groups: dict[WorkingSet, _Group] = {}  # by their sets, those in use and others
         self._waiting: dict[_Group, None] = {}  # groups in which a request waits, in the order in which that began
         self._batches: dict[int, _Batch] = {}
-        self._deadlines: list[tuple[float, int]] = []  # a heap; ended requests stay in it until their time
+        self._deadlines: list[tuple[float, int]] = []  # a heap; ended requests stay in it for a while
         self._here: set[int] = set()  # the pages that the pager should hold
         self._used: dict[int, int] = {}  # by page, the batch at whose time it was last expected
         self._levels: dict[int, int] = {}  # priorities as advised; 0 is left out
@@ -132,14 +133,14 @@ class Scheduler:
         self._changed: set[int] = set()  # pages whose priority may differ from what was advised
         self._overdue: dict[int, _Request] = {}  # that may not be passed over again
         self._hinted: list[_Group] = []  # the groups in use when priorities were advised last
-        self._stale = False  # waiting sets or expected pages have changed since then
-        self._read = False  # the coming pages have not been advised to be read
+        self._stale = self._read = False  # sets or expected pages have changed since; the coming pages are yet to be advised
         self._out: list[Instruction] = []
 
     def handle(self, event: Event) -> list[Instruction]:
         """Apply one event; returns what is to be done, in this order."""
         self._check(event)
         self._now, self._out = max(self._now, event.now), []
+        self._expire()  # first, so that nobody is refused for the sake of the dead
         match event:
             case Submitted():
                 self._submit(event)
@@ -166,6 +167,12 @@ class Scheduler:
         """The state of a request that has not ended."""
         found = self._live.get(request)
         return None if found is None else found.state
+
+    def due(self) -> float | None:
+        """When `Ticked` is to be told next, unless another event comes before: the earliest deadline of a request that has not ended."""
+        while self._deadlines and self._deadlines[0][1] not in self._live:
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
 
     def idle(self) -> bool:
         """Whether nothing waits and nothing runs."""
@@ -203,7 +210,7 @@ class Scheduler:
             if any(state not in wanted for state in states):
                 told = "; ".join(_story(request) for request in self._batches[event.batch].requests)
                 raise UsageError(f"{type(event).__name__} cannot follow: {told}")
-        elif event.request > self._newest:
+        elif not isinstance(event, Ticked) and event.request > self._newest:
             raise UsageError(f"there never was a request {event.request}")
         elif isinstance(event, Routed) and self.state(event.request) not in (None, State.QUEUED):
             raise UsageError(f"Routed cannot follow: {_story(self._live[event.request])}")
@@ -232,6 +239,9 @@ class Scheduler:
             return
         if deadline is not None:
             heapq.heappush(self._deadlines, (deadline, request.number))
+            if len(self._deadlines) > 2 * len(self._live) + SETS:
+                self._deadlines = [each for each in self._deadlines if each[1] in self._live]
+                heapq.heapify(self._deadlines)
         self._out.append(Route(request.number))
 
     def _route(self, event: Routed) -> None:

@@ -8,7 +8,7 @@ from enum import StrEnum
 
 __all__ = [
     "PRIORITIES", "Advise", "Broken", "Cancelled", "Dropped", "End", "Event", "Instruction", "Limits", "Page", "Paged", "Route", "Routed",
-    "Run", "State", "Step", "Stepped", "Submitted", "WorkingSet",
+    "Run", "State", "Step", "Stepped", "Submitted", "Ticked", "WorkingSet",
 ]  # fmt: skip
 
 #: Priorities of requests lie between minus this and this.
@@ -129,6 +129,13 @@ class Broken:
     reason: str
 
 
+@dataclass(frozen=True)
+class Ticked:
+    """Time has passed and nothing else has happened: told when a deadline has come, see `Scheduler.due`."""
+
+    now: float
+
+
 # ---- instructions ----
 
 
@@ -173,5 +180,5 @@ class End:
     reason: str = ""
 
 
-Event = Submitted | Routed | Dropped | Cancelled | Paged | Stepped | Broken
+Event = Submitted | Routed | Dropped | Cancelled | Paged | Stepped | Broken | Ticked
 Instruction = Route | Page | Run | Advise | End

@@ -5,8 +5,9 @@ Ownership.
     is read, computed or called back. Advice to the pager is passed on under it, so that it arrives in the table's order.
     A `Work` belongs to its submitter until `submit` returns, then to whoever runs its batch: one worker at a time, since the table never
     has a request in two batches. A ticket that has ended is nobody's; its work is let go.
-    Workers, one a lane, only run batches. The thread that told the table an event carries out what follows from it: it finds routes, and
-    calls back the callers of tickets that ended, after the lock is released. So a callback may submit, but should be short.
+    Workers, one a lane, only run batches; a watcher, begun with the first deadline, only tells the table that one has come. The thread
+    that told the table an event carries out what follows from it: it finds routes, and calls back the callers of tickets that ended,
+    after the lock is released. So a callback may submit, but should be short.
 
 What is computed, and how, is the `Engine`'s business.
 """
@@ -42,6 +43,7 @@ from edgeml.scheduler_events import (
     Step,
     Stepped,
     Submitted,
+    Ticked,
     WorkingSet,
 )
 
@@ -52,7 +54,9 @@ LONGEST = 1e9
 
 
 class Work(Protocol):
-    """The inputs of a request, and the answers it has so far."""
+    """The inputs of a request, and the answers it has so far. `until`: its deadline on `time.monotonic`, set when it is submitted."""
+
+    until: float | None
 
     def step(self) -> Step | None:
         """What it computes next; None when it has all its answers."""
@@ -130,13 +134,14 @@ class Serving:
     def __init__(self, engine: Engine, limits: Limits) -> None:
         self._engine, self._table = engine, Scheduler(limits)
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
+        self._changed, self._due = threading.Condition(self._lock), threading.Condition(self._lock)
         self._tickets: dict[int, tuple[Ticket, Any, float]] = {}  # with its work and when it came
         self._begun: deque[tuple[Page, list[Any]]] = deque()
         self._faults: dict[int, EdgemlError] = {}  # what requests met that are about to fail
         self._count, self._closed = 0, False
         self._table_s = self._busy_s = 0.0
         self._workers = [threading.Thread(target=self._serve, name=f"edgeml-{lane}", daemon=True) for lane in range(limits.lanes)]
+        self._watcher: threading.Thread | None = None
         for worker in self._workers:
             worker.start()
 
@@ -159,8 +164,10 @@ class Serving:
                 raise UsageError("the session is closed")
             now = time.monotonic()
             ticket = Ticket(self, self._count, task, on_end)
-            event = Submitted(now, ticket.number, step or Step(), priority, None if until is None else now + until)
-            instructions = self._handle(event)
+            work.until = None if until is None else now + until
+            instructions = self._handle(Submitted(now, ticket.number, step or Step(), priority, work.until))
+            if until is not None:
+                self._watch_deadlines()
             self._count += 1
             self._tickets[ticket.number] = ticket, work, now
             ended = self._carry_out(instructions)
@@ -187,7 +194,7 @@ class Serving:
 
     def drain(self) -> None:
         """Wait until nothing waits and nothing runs. Raises `UsageError` in a callback, which what is waited for would wait for."""
-        if threading.current_thread() in self._workers:
+        if self._is_ours(threading.current_thread()):
             raise UsageError("on_end cannot wait for other requests: the thread that calls it answers them")
         with self._lock:
             while not self._table.idle():
@@ -202,13 +209,19 @@ class Serving:
             self.cancel(number)
         with self._lock:
             self._changed.notify_all()
-        if threading.current_thread() in self._workers:
+            self._due.notify_all()
+        if self._is_ours(threading.current_thread()):
             return
         self.drain()
         with self._lock:
             self._changed.notify_all()
-        for worker in self._workers:
-            worker.join()
+            self._due.notify_all()
+            ours = [*self._workers, *([self._watcher] if self._watcher is not None else [])]
+        for thread in ours:
+            thread.join()
+
+    def _is_ours(self, thread: threading.Thread) -> bool:
+        return thread in self._workers or thread is self._watcher
 
     # ---- events and instructions ----
 
@@ -271,7 +284,26 @@ class Serving:
         self._table_s += time.perf_counter() - started
         self._tell(Routed(time.monotonic(), number, found))
 
-    # ---- workers ----
+    # ---- workers, and the watcher ----
+
+    def _watch_deadlines(self) -> None:
+        """Under the lock: a deadline has been added, perhaps the earliest."""
+        if self._watcher is None:
+            self._watcher = threading.Thread(target=self._watch, name="edgeml-deadlines", daemon=True)
+            self._watcher.start()
+        self._due.notify_all()
+
+    def _watch(self) -> None:
+        while True:
+            with self._lock:
+                due = self._table.due()
+                if due is None and self._closed and self._table.idle():
+                    return
+                left = None if due is None else due - time.monotonic()
+                if left is None or left > 0:
+                    self._due.wait(left)
+                    continue
+            self._tell(Ticked(max(time.monotonic(), due or 0.0)))
 
     def _serve(self) -> None:
         while True:

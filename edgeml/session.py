@@ -32,17 +32,18 @@ from edgeml.batching import BATCH_ROWS, BATCH_TOKENS, batches, checked_arrays
 from edgeml.bundle import Bundle
 from edgeml.errors import BundleError, UsageError
 from edgeml.graph import Graphs
-from edgeml.manifest import ImageStages, Manifest, Preprocess, Task, TaskStages, load_manifest
+from edgeml.manifest import ImageStages, Preprocess, Task, TaskStages, load_manifest
 from edgeml.preprocess import TextBatch, TextPreprocessor
 from edgeml.residency import Pick, Residents
 from edgeml.result import Counters, Result, checked_answer
 from edgeml.router import ResidentSet, checked_bias, checked_set, mask_of
 from edgeml.store import REQUESTS, naming, open_context, resolve_threads
+from edgeml.tasks import find_task, takes
 from edgeml.trace import choices, tracing_stage
 from edgeml.variants import Wish, choose_variant, with_variant
 
 if TYPE_CHECKING:  # what only images, requests that name no task, or submitted ones need is loaded with the first of them
-    from edgeml.autoroute import Routed
+    from edgeml.autoroute import AutoRouter, Choice, Routed
     from edgeml.image import ImageInput
     from edgeml.scheduler_events import WorkingSet
     from edgeml.serving import Serving, Ticket
@@ -95,7 +96,7 @@ class Session:
         self._lock = threading.RLock()
         self._turns = threading.BoundedSemaphore(REQUESTS)
         self._calls = 0
-        self._closed = False
+        self._closed = self._sealed = False  # sealed: nothing begins to serve any more
         self._serving: Serving | None = None
 
     def task(self, name: str) -> Task:
@@ -125,7 +126,7 @@ class Session:
         chosen = self.task(task)
         if isinstance(chosen.stages, ImageStages) or images is not None:
             if (text, texts, pairs, arrays, resident) != (None,) * 5:
-                raise UsageError(f"task '{chosen.name}' takes {_wanted(chosen)}, and nothing beside them")
+                raise UsageError(f"task '{chosen.name}' takes {takes(chosen)}, and nothing beside them")
             return self.run_many([task], images)[task]
         windows = self._windows(chosen, text, texts, pairs, arrays)
         with self._call():
@@ -151,18 +152,29 @@ class Session:
 
         Raises `UsageError` where the bundle has no such router, otherwise as `run`.
         """
+        with self._call():
+            auto, windows = self._auto(text, texts, pairs)
+            return auto.answer(windows, pairs is not None)
+
+    def route(self, *, texts: Sequence[str] | None = None, pairs: Sequence[tuple[str, str]] | None = None) -> list[Choice]:
+        """The task group of each text, or pair, that names no task; nothing is answered yet. Raises as `run_auto`."""
+        with self._call():
+            auto, windows = self._auto(None, texts, pairs)
+            return auto.choose(windows, pairs is not None)
+
+    def _auto(
+        self, text: str | None, texts: Sequence[str] | None, pairs: Sequence[tuple[str, str]] | None
+    ) -> tuple[AutoRouter, Iterator[TextBatch]]:
         from edgeml.autoroute import AutoRouter, router_of
 
         where, masked = str(self.bundle.path), self.residency == "masked"
         first = self.task(router_of(self.manifest, where).groups[0].tasks[0])
-        windows = self._windows(replace(first, pair=pairs is not None), text, texts, pairs, None)
 
         def run_task(task: Task, batch: TextBatch, counters: Counters) -> Floats:
             return self._run_batch(task, batch, self.resident_set(task.name) if masked else None, counters)
 
-        with self._call():
-            auto = AutoRouter(self.manifest, where, self._graphs, self._image_request, batches, run_task, masked)
-            return auto.answer(windows, pairs is not None)
+        auto = AutoRouter(self.manifest, where, self._graphs, self._image_request, batches, run_task, masked)
+        return auto, self._windows(replace(first, pair=pairs is not None), text, texts, pairs, None)
 
     def run_many(self, tasks: Sequence[str], images: Sequence[ImageInput] | None) -> dict[str, Result]:
         """Answer several tasks on the same images with one pass of the backbone that they share, and no head besides theirs.
@@ -174,7 +186,7 @@ class Session:
         chosen = [self.task(name) for name in dict.fromkeys([tasks] if isinstance(tasks, str) else tasks)]
         for task in chosen:
             if not isinstance(task.stages, ImageStages):
-                raise UsageError(f"task '{task.name}' takes {_wanted(task)}")
+                raise UsageError(f"task '{task.name}' takes {takes(task)}")
         given = image_list(images)
         with self._call():
             return run_images(self._graphs, self._image_request, chosen, given, str(self.bundle.path))
@@ -227,7 +239,7 @@ class Session:
         with self._call():
             if isinstance(chosen.stages, ImageStages) or images is not None:
                 if (text, texts, pairs, arrays, resident) != (None,) * 5 or images is None:
-                    raise UsageError(f"task '{chosen.name}' takes {_wanted(chosen)}, and nothing beside them")
+                    raise UsageError(f"task '{chosen.name}' takes {takes(chosen)}, and nothing beside them")
                 from edgeml.image_requests import image_list
 
                 given = image_list(images)
@@ -244,8 +256,10 @@ class Session:
 
         with self._lock:
             if self._serving is None:
+                if self._sealed:
+                    raise UsageError(f"{self.bundle.path}: the session is closed")
                 limits = Limits(self.budget.slots, queue, rows, BATCH_TOKENS, 1, patience, order)
-                engine = SessionEngine(self._working_set, self.resident_set, self._run_batch, self._advise)
+                engine = SessionEngine(self._working_set, self.resident_set, self._residents.pick, self._run_batch, self._advise)
                 self._serving = Serving(engine, limits)
             return self._serving
 
@@ -264,7 +278,7 @@ class Session:
     def preprocessor(self, task: Task) -> TextPreprocessor:
         """The tokenizer of a task on texts, loaded when first asked for. Raises `UsageError` for another task."""
         if not isinstance(task.preprocess, Preprocess):
-            raise UsageError(f"task '{task.name}' takes {_wanted(task)}, which need no tokenizer")
+            raise UsageError(f"task '{task.name}' takes {takes(task)}, which need no tokenizer")
         key = (task.preprocess.tokenizer, task.preprocess.max_tokens)
         with self._lock:
             if key not in self._preprocessors:
@@ -310,8 +324,10 @@ class Session:
 
     def close(self) -> None:
         """Release graphs, memory and the file; a second call does nothing. Raises `UsageError` while calls run."""
-        if self._serving is not None:
-            self._serving.close()
+        with self._lock:
+            self._sealed, serving = True, self._serving
+        if serving is not None:
+            serving.close()
         with self._lock:
             if self._calls:
                 raise UsageError(f"{self.bundle.path}: {self._calls} calls still run; close the session after them")
@@ -477,22 +493,3 @@ def open(
     limits, `DeviceError` when reading fails.
     """
     return Session(path, memory, threads, residency, isa, Wish(variant, max_latency, max_bytes, min_score), state)
-
-
-def find_task(manifest: Manifest, name: str, where: str) -> Task:
-    """The task of that name. Raises `UsageError` listing those there are, the closest first."""
-    names = [task.name for task in manifest.tasks]
-    if name in names:
-        return manifest.tasks[names.index(name)]
-    if not names:
-        raise UsageError(f"{where} answers no task")
-    import difflib
-
-    closest = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-    listed = closest + [other for other in sorted(names) if other not in closest]
-    more = f" and {len(listed) - 20} more" if len(listed) > 20 else ""
-    raise UsageError(f"{where} has no task {name!r:.80}; it has {', '.join(listed[:20])}{more}")
-
-
-def _wanted(task: Task) -> str:
-    return "images" if isinstance(task.stages, ImageStages) else "texts, not images"

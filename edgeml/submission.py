@@ -31,6 +31,7 @@ class TextWork:
 
     def __init__(self, task: Task, batches: Batches, truncated: Sequence[bool], resident: ResidentSet | None) -> None:
         self.task, self.resident = task, resident
+        self.until: float | None = None
         self._left = deque(batches)
         self._parts: list[tuple[NDArray[np.intp], Floats]] = []
         self._result = Result(task.name, truncated=list(truncated), row_s=[0.0] * len(truncated))
@@ -70,6 +71,7 @@ class ImageWork:
 
     def __init__(self, task: Task, run: Callable[[], Result]) -> None:
         self.task, self._run = task, run
+        self.until: float | None = None
         self._result: Result | None = None
 
     def step(self) -> Step | None:
@@ -106,17 +108,20 @@ def working_set(manifest: Manifest, task: Task, budget: Budget, leased: Resident
 class SessionEngine:
     """What `serving.Serving` needs, out of a session's methods.
 
-    `working_set` gives a task's; `resident_set` the set that is leased with its mask; `run_batch` answers a batch of a task.
+    `working_set` gives a task's; `resident_set` the set that is leased with its mask; `pick` the set of a batch that has so many seconds
+    left, or none (`residency`); `run_batch` answers a batch of a task.
     """
 
     def __init__(
         self,
         working_set: Callable[[Task], WorkingSet],
         resident_set: Callable[[str], ResidentSet],
+        pick: Callable[[str, ResidentSet | None, float | None], Callable[[TextBatch], ResidentSet | None]],
         run_batch: Callable[[Task, TextBatch, ResidentSet | None, Counters, Callable[[], None]], Floats],
         advise: Callable[[Sequence[int], int, bool], None],
     ) -> None:
-        self._working_set, self._resident_set, self._run_batch, self._advise = working_set, resident_set, run_batch, advise
+        self._working_set, self._resident_set, self._pick = working_set, resident_set, pick
+        self._run_batch, self._advise = run_batch, advise
 
     def route(self, work: TextWork | ImageWork) -> WorkingSet:
         """The working set of the task, or the one the request came with."""
@@ -143,14 +148,22 @@ class SessionEngine:
         if not batches:  # no texts at all: no answers
             paged()
             return
-        resident = texts[0].resident if leased else None
+        together = joined(batches)
+        resident = texts[0].resident if leased else self._in_time(first.task, together, texts)
         started = time.perf_counter()
-        answers = self._run_batch(first.task, joined(batches), resident, counters, paged)
+        answers = self._run_batch(first.task, together, resident, counters, paged)
         row_s = (time.perf_counter() - started) / len(answers)
         start = 0
         for work, batch in zip(texts, batches, strict=True):
             work.take(answers[start : start + len(batch.ids)], counters, row_s)
             start += len(batch.ids)
+
+    def _in_time(self, task: Task, batch: TextBatch, works: Sequence[TextWork]) -> ResidentSet | None:
+        """Under hybrid residency, the set with which the most pressed of these requests is in time."""
+        deadlines = [work.until for work in works if work.until is not None]
+        if not deadlines:
+            return None
+        return self._pick(task.name, None, max(min(deadlines) - time.monotonic(), 1e-6))(batch)
 
     def advise(self, pages: Sequence[int], priority: int, load: bool) -> None:
         """A hint to the pager."""

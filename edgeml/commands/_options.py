@@ -6,15 +6,31 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-__all__ = ["bundle_argument", "json_option", "notes", "printable", "progress", "quiet_option", "variant_options"]
+__all__ = ["bundle_argument", "json_option", "notes", "printable", "progress", "quiet_option", "records_option", "variant_options"]
 
 bundle_argument = click.argument("bundle", type=click.Path())
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 quiet_option = click.option("--quiet", is_flag=True, help="No progress bar and no notes.")
+
+
+def _records_file(_: click.Context, __: click.Parameter, given: Path | None) -> Path | None:
+    from edgeml.records import checked_path
+
+    return None if given is None else checked_path(given)
+
+
+records_option = click.option(
+    "--records",
+    "records_file",
+    type=click.Path(path_type=Path),
+    callback=_records_file,
+    help="Append what was measured to this file, one JSON line a record.",
+)
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])

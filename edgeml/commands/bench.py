@@ -19,10 +19,11 @@ import click
 from edgeml.bundle import Bundle
 from edgeml.commands import _records
 from edgeml.commands._inputs import choose_tasks, given_rows, on_images
-from edgeml.commands._options import bundle_argument, json_option, notes, progress, quiet_option, variant_options
+from edgeml.commands._options import bundle_argument, json_option, notes, progress, quiet_option, records_option, variant_options
 from edgeml.errors import DeviceError, EdgemlError, UsageError
 from edgeml.image import read_image
 from edgeml.manifest import ImagePreprocess, Manifest, Task, load_manifest
+from edgeml.records import append
 from edgeml.session import RESIDENCIES
 from edgeml.store import plan_budget, resolve_threads
 from edgeml.variants import Wish, choose_variant
@@ -46,6 +47,7 @@ DEFAULT_TOKENS = 32
 @click.option("--memory", help="Memory for weights, or a list: 25%,50%,100%.")
 @click.option("--residency", default="exact", show_default=True, help="exact, masked, or both: exact,masked.")
 @click.option("-o", "--output", type=click.Choice(_records.FORMATS), default="md", show_default=True, help="How the records are printed.")
+@records_option
 @quiet_option
 @json_option
 def command(
@@ -63,6 +65,7 @@ def command(
     memory: str | None,
     residency: str,
     output: str,
+    records_file: Path | None,
     quiet: bool,
     as_json: bool,
     **variant: Any,
@@ -98,6 +101,8 @@ def command(
     with progress((iterations + warmup + cold) * len(combinations), "measuring", quiet) as step:
         for combination in combinations:
             records.append(_run_worker(job | combination, step))
+            if records_file is not None:
+                append(records_file, records[-1])
             if kind != "json":
                 _print(kind, records)
     if kind == "json":

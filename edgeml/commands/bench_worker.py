@@ -37,7 +37,7 @@ def measure(job: dict[str, Any], tick: Callable[[], None]) -> dict[str, Any]:
         timing = time_rounds(call, session.evict_all, job["iterations"], job["warmup"], job["cold"], tick)
         workload = {key: value for key, value in job["workload"].items() if key not in ("texts", "paths")}
         settings = session.settings() | {"task": job["task"], "workload": workload, "warmup": job["warmup"], "notes": session.notes}
-        return record(timing, settings | {"open_s": open_s, "rss_after_open_bytes": after_open})
+        return record(timing, settings | {"open_s": open_s, "rss_after_open_bytes": after_open}, "bench")
 
 
 def calls(session: Session, task: str, workload: dict[str, Any]) -> Callable[[int], Counted]:

@@ -12,7 +12,7 @@ import click
 
 from edgeml.bundle import Bundle
 from edgeml.bundle_writer import write_file
-from edgeml.commands._options import bundle_argument, json_option, notes, printable, progress, quiet_option
+from edgeml.commands._options import bundle_argument, json_option, notes, printable, progress, quiet_option, records_option
 from edgeml.commands._routing_plot import plot
 from edgeml.data import SPLITS, TaskData, find_tasks
 from edgeml.disk import ReadRate, read_rate
@@ -20,6 +20,7 @@ from edgeml.errors import DataError, UsageError
 from edgeml.evaluate import match_tasks
 from edgeml.manifest import Manifest, load_manifest
 from edgeml.measure import Timing, record
+from edgeml.records import append, complete
 from edgeml.replay import Trace
 from edgeml.routing import Storage, advise, document
 from edgeml.session import RESIDENCIES, Session
@@ -42,6 +43,7 @@ TEXTS = 160
 )
 @click.option("--threads", type=int, help="Threads to compute with (default: EDGEML_THREADS, or all processors).")
 @click.option("--plot", "picture", type=click.Path(), metavar="FILE.svg", help="Also draw hit rate against capacity.")
+@records_option
 @quiet_option
 @json_option
 def command(
@@ -54,6 +56,7 @@ def command(
     residency: str,
     threads: int | None,
     picture: str | None,
+    records_file: Path | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -78,7 +81,9 @@ def command(
     storage = Storage(rate.bytes_per_s, _expert_bytes(session), compute_s)
     figures |= advise(figures, experts, top_k, storage)
     figures |= {"disk": rate.as_json(), "expert_bytes": storage.expert_bytes, "tasks": [task.name for task in matched], "skipped": skipped}
-    figures["record"] = record(Timing(), settings | {"split": split, "limit": limit})
+    if records_file is not None:
+        append(records_file, complete("routing", settings | {"split": split, "limit": limit}, routing=dict(figures)))
+    figures["record"] = record(Timing(), settings | {"split": split, "limit": limit}, "routing")
     if picture is not None:
         title = f"{session.bundle.path.name}: how often an expert is in memory"
         note = f"{figures['tokens']} tokens of {figures['texts']} texts, all sites sharing one cache, warm"

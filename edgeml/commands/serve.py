@@ -6,6 +6,7 @@ Lines from the parent, at most 1 MiB each, UTF-8; unknown keys are refused, blan
     {"id": "b", "task": "weather", "texts": ["fog", "sun"], "deadline_s": 0.5, "priority": 3}
     {"id": 8, "task": "same", "text": "...", "text_pair": "..."}        or "pairs": [["...", "..."], ...]
     {"id": 9, "task": "digit", "images": ["a.png", "b.png"]}            files that this process can read
+    {"id": 10, "texts": ["fog", "sun"]}                                 where the bundle has a router: it finds the tasks
     {"cancel": 7}
 
 `id` is a string or a whole number, not that of a request under way. `deadline_s` counts from when the line is read. Each request gets
@@ -16,12 +17,15 @@ one line, when it ends, so lines come in another order than the requests; a canc
     {"id": 8, "state": "refused", "error": "the queue is full (256 requests wait); try again later"}
     {"id": null, "line": 12, "state": "refused", "error": "not JSON (Expecting value at character 0)"}
 
-`results` are those of `edgeml run --json`: a label or a vector an input, in input order. Nothing else is written to standard output.
+`results` are those of `edgeml run --json`: a label or a vector an input, in input order. A request that named no task has an answer
+from each task of the group that its input was sent to, with "input", "group" and "group_score", and "task" is null; it waits for all
+of them, and fails as the first of them that fails. Nothing else is written to standard output.
 At the end of input all requests are answered, then it ends with code 0. SIGTERM and SIGINT: what waits is cancelled, what runs is
 answered, code 0 and 130. A parent that has closed its end stops it as SIGTERM does.
 
 Threads: the main thread reads, and it alone; signals and ends of requests wake it through a pipe, so nothing is interrupted halfway. One
-thread writes, so that a parent which reads late holds up neither reading nor computing. The rest is in `serving`.
+thread writes, so that a parent which reads late holds up neither reading nor computing, until UNREAD lines wait for it: then nothing is
+read until it has taken some. The rest is in `serving`.
 """
 
 from __future__ import annotations
@@ -33,19 +37,20 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import click
 
+from edgeml.autoroute import Choice
 from edgeml.commands._answers import answers_of
 from edgeml.commands._inputs import choose_task
 from edgeml.commands._options import bundle_argument, notes, quiet_option, variant_options
 from edgeml.data import LINE_LIMIT
 from edgeml.errors import DataError, EdgemlError, UsageError
 from edgeml.serving import Ticket
-from edgeml.session import Session
+from edgeml.session import RESIDENCIES, Session
 from edgeml.session import open as open_session
 from edgeml.strict_json import StrictJsonError, decode_object
 
@@ -54,6 +59,7 @@ KEYS = {"id", "task", "deadline_s", "priority", *INPUTS}
 ID_LIMIT = 256
 CHUNK = 1 << 16
 STUCK_S = 2.0  # how long after a signal the answers may take to go out
+UNREAD = 1 << 14  # lines out that may wait before reading does
 
 
 @click.command("serve-stdin")
@@ -62,10 +68,10 @@ STUCK_S = 2.0  # how long after a signal the answers may take to go out
 @click.option("--memory", help="Memory for weights: 64MiB, 1.5GB, 50%, auto (default, or EDGEML_MEMORY).")
 @click.option(
     "--residency",
-    type=click.Choice(("exact", "masked")),
+    type=click.Choice(RESIDENCIES),
     default="exact",
     show_default=True,
-    help="masked: only experts that fit, chosen by task.",
+    help="masked: only experts that fit, chosen by task; hybrid: those, where a deadline would be missed otherwise.",
 )
 @click.option("--threads", type=int, help="Threads to compute with (default: EDGEML_THREADS, or all processors).")
 @click.option(
@@ -116,13 +122,22 @@ def _need_standard_output() -> None:
         raise DataError("-: there is no standard output to answer on")
 
 
+class _Order:
+    """A request under way: its tickets, one a task, each with the inputs that it answers; `left` of them have not ended."""
+
+    def __init__(self, name: str | int, choices: Sequence[Choice] | None) -> None:
+        self.name, self.choices = name, choices
+        self.tickets: list[tuple[Ticket, list[int]]] = []
+        self.left = 0
+
+
 class _Desk:
-    """Takes lines, hands out answers. `_under_way`, from an id to its ticket, is the main thread's and the ending threads': `_lock`."""
+    """Takes lines, hands out answers. `_under_way`, from an id to its order, is the main thread's and the ending threads': `_lock`."""
 
     def __init__(self, session: Session, source: int) -> None:
         self._session, self._source = session, source
         self._lock = threading.Lock()
-        self._under_way: dict[str | int, Ticket | None] = {}
+        self._under_way: dict[str | int, _Order] = {}
         self._lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._fault: OSError | None = None
         self._signal = 0
@@ -157,7 +172,8 @@ class _Desk:
     def _read(self) -> None:
         number, held, skipping = 0, b"", False
         while not self._stopping():
-            ready, _, _ = select.select([self._source, self._woken], [], [])
+            open_for_more = self._lines.qsize() < UNREAD
+            ready, _, _ = select.select([self._source, self._woken] if open_for_more else [self._woken], [], [])
             self._drain_pipe()
             if self._source not in ready:
                 continue
@@ -200,57 +216,80 @@ class _Desk:
         task = document.get("task")
         if task is not None and not isinstance(task, str):
             raise DataError("task is the name of a task")
-        names = sorted(each.name for each in self._session.manifest.tasks)
-        if task is None and len(names) > 1:
-            raise UsageError(f"there are several tasks, name one of them: {', '.join(names)}")
-        chosen = choose_task(self._session.manifest, task, str(self._session.bundle.path))
-        if chosen.dense:
-            raise UsageError(f"task '{chosen.name}' answers a map, which is no JSON: use edgeml run --output")
+        inputs, manifest = _inputs(document), self._session.manifest
+        choices: list[Choice] | None = None
+        if task is None and manifest.router is not None and "images" not in inputs:
+            choices = self._session.route(**inputs)
+            parts = _parts(choices)
+        else:
+            names = sorted(each.name for each in manifest.tasks)
+            if task is None and len(names) > 1:
+                raise UsageError(f"there are several tasks, name one of them: {', '.join(names)}")
+            chosen = choose_task(manifest, task, str(self._session.bundle.path))
+            if chosen.dense:
+                raise UsageError(f"task '{chosen.name}' answers a map, which is no JSON: use edgeml run --output")
+            parts = {chosen.name: None}
+        order = _Order(name, choices)
         with self._lock:
             if name in self._under_way:
                 raise DataError(f"the id {json.dumps(name):.80} is that of a request under way")
-            self._under_way[name] = None
+            self._under_way[name] = order
+            order.left = len(parts) + 1  # one for this thread, so that it does not end before all of it is under way
+        urgency = {"deadline": document.get("deadline_s"), "priority": document.get("priority", 0)}
         try:
-            ticket = self._session.submit(
-                chosen.name,
-                **_inputs(document),
-                deadline=document.get("deadline_s"),
-                priority=document.get("priority", 0),
-                on_end=lambda ticket: self._answer(name, ticket),
-            )
+            for one, rows in parts.items():
+                given = inputs if rows is None else {key: [values[row] for row in rows] for key, values in inputs.items()}
+                ticket = self._session.submit(one, **given, **urgency, on_end=lambda _: self._ended(order))
+                order.tickets.append((ticket, rows or []))
         except BaseException:
             with self._lock:
                 del self._under_way[name]
+            for ticket, _ in order.tickets:
+                ticket.cancel()
             raise
-        with self._lock:
-            if name in self._under_way:
-                self._under_way[name] = ticket
+        self._ended(order)
 
     def _cancel(self, document: dict[str, Any]) -> None:
         if len(document) > 1:
             raise DataError("a line that cancels has no other key")
         with self._lock:
-            ticket = self._under_way.get(_name(document["cancel"], "cancel"))
-        if ticket is not None:  # its answer may have gone out already
-            ticket.cancel()
+            order = self._under_way.get(_name(document["cancel"], "cancel"))
+        if order is not None:  # its answer may have gone out already
+            for ticket, _ in order.tickets:
+                ticket.cancel()
 
     # ---- lines out ----
 
-    def _answer(self, name: str | int, ticket: Ticket) -> None:
-        """A ticket has ended: on whichever thread that happened."""
-        said: dict[str, Any] = {"id": name, "state": ticket.state.value}
+    def _ended(self, order: _Order) -> None:
+        """One of an order's tickets has ended, on whichever thread that happened, or all of them are under way."""
+        with self._lock:
+            order.left -= 1
+            if order.left or self._under_way.get(order.name) is not order:
+                return
+        said: dict[str, Any] = {"id": order.name, "state": _state(order)}
         try:
-            result = ticket.result(0)
-            task = self._session.task(ticket.task)
-            said |= {"task": task.name, "results": list(answers_of(task, result)), "latency_s": result.latency_s}
+            said |= self._answered(order)
         except EdgemlError as error:
             said["error"] = _sentence(str(error))
         except Exception as error:  # whatever happens, the line goes out, or its parent waits for ever
             said |= {"state": "failed", "error": f"a fault in edgeml itself: {type(error).__name__}: {_sentence(str(error))}"}
         with self._lock:
             self._lines.put(said)
-            del self._under_way[name]
+            del self._under_way[order.name]
         self._wake_up()
+
+    def _answered(self, order: _Order) -> dict[str, Any]:
+        """The answers of an order's tickets. Raises what the first of them met that failed."""
+        results = [ticket.result(0) for ticket, _ in order.tickets]
+        answers: list[tuple[int, dict[str, Any]]] = []
+        for (ticket, rows), result in zip(order.tickets, results, strict=True):
+            found = list(answers_of(self._session.task(ticket.task), result))
+            answers += zip(rows or range(len(found)), found, strict=True)
+        if order.choices is not None:
+            about = [{"input": row, "group": choice.group, "group_score": choice.score} for row, choice in enumerate(order.choices)]
+            answers = sorted(((row, about[row] | answer) for row, answer in answers), key=lambda each: each[0])
+        task = None if order.choices is not None else order.tickets[0][0].task
+        return {"task": task, "results": [answer for _, answer in answers], "latency_s": max((r.latency_s for r in results), default=0.0)}
 
     def _refuse(self, name: str | int | None, error: str, number: int) -> None:
         where = {"line": number} if name is None else {}
@@ -258,6 +297,8 @@ class _Desk:
 
     def _write(self) -> None:
         while (said := self._lines.get()) is not None:
+            if self._lines.qsize() == UNREAD // 2:
+                self._wake_up()  # reading may have stopped
             if self._fault is not None:
                 continue
             try:
@@ -301,6 +342,23 @@ def _name(value: Any, key: str) -> str | int:
     if isinstance(value, bool) or not isinstance(value, str | int) or len(str(value)) > ID_LIMIT:
         raise DataError(f"{key} is a string of at most {ID_LIMIT} characters or a whole number")
     return value
+
+
+def _parts(choices: Sequence[Choice]) -> dict[str, list[int] | None]:
+    """Of each task that is to answer, the inputs that go to it."""
+    found: dict[str, list[int] | None] = {}
+    for row, choice in enumerate(choices):
+        for task in choice.tasks:
+            rows = found.setdefault(task, [])
+            assert rows is not None
+            rows.append(row)
+    return found
+
+
+def _state(order: _Order) -> str:
+    """done, or what became of the first ticket that did not end so."""
+    states = [ticket.state.value for ticket, _ in order.tickets]
+    return next((state for state in states if state != "done"), "done")
 
 
 def _inputs(document: dict[str, Any]) -> dict[str, Any]:

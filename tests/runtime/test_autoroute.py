@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -310,3 +312,52 @@ def test_tasks_of_a_group_share_a_trunk(bundle: Path) -> None:
     next(task for task in document["tasks"] if task["name"] == "season")["stages"]["trunk"] = "other"
     with pytest.raises(BundleError, match="group 'sky' must share one trunk"):
         parse_manifest(document, pages)
+
+
+# ---- submitted requests ----
+
+
+def served(bundle: Path, lines: list[dict[str, Any]], *options: str) -> dict[Any, dict[str, Any]]:
+    """What `edgeml serve-stdin` answers to these lines, by id."""
+    command = [sys.executable, "-P", "-m", "edgeml.cli", "serve-stdin", str(bundle), "--threads", "1", "--quiet", *options]
+    given = "".join(json.dumps(line) + "\n" for line in lines)
+    done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return {said["id"]: said for said in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("residency", ["exact", "masked"])
+def test_a_parent_process_may_leave_the_task_to_the_router(bundle: Path, residency: str) -> None:
+    options = ["--residency", residency, "--memory", "50%"]
+    lines = [{"id": "all", "texts": TEXTS}, {"id": 1, "text": TEXTS[0], "priority": 3}, {"id": 2, "task": "mood", "text": "fog"}]
+    said = served(bundle, [*lines, {"id": "none", "texts": []}], *options)
+    with edgeml.open(bundle, threads=1, memory="50%", residency=residency) as session:
+        expected = session.run_auto(texts=TEXTS)
+        assert [choice.group for choice in session.route(texts=TEXTS)] == expected.groups
+    assert said["all"]["task"] is None
+    answers = said["all"]["results"]
+    assert [answer["input"] for answer in answers] == sorted(answer["input"] for answer in answers)
+    assert {answer["input"]: answer["group"] for answer in answers} == dict(enumerate(expected.groups))
+    for task, result in expected.results.items():
+        own = [answer for answer in answers if answer["task"] == task]
+        assert [answer["input"] for answer in own] == expected.rows[task]
+        assert [answer["label"] for answer in own] == result.labels
+    assert {answer["task"] for answer in said[1]["results"]} == set(GROUPS[["sky", "feeling"].index(expected.groups[0])]["tasks"])
+    assert said[2]["task"] == "mood"
+    assert said["none"]["results"] == []
+    assert all(answer["state"] == "done" for answer in said.values())
+
+
+def test_a_parent_process_without_a_router_must_name_a_task(plain: Path) -> None:
+    said = served(plain, [{"id": 1, "text": "fog"}, {"id": 2, "task": "mood", "text": "fog"}])
+    assert said[1]["state"] == "refused"
+    assert "there are several tasks, name one of them: mood, season, vector, weather" in said[1]["error"]
+    assert said[2]["state"] == "done"
+
+
+def test_a_faulty_router_refuses_the_request_that_needs_it(plain: Path, weights: NDArray[np.float32], tmp_path: Path) -> None:
+    path = routed(plain, tmp_path / "nan.edgeml", router_page(weights * np.float32("nan")))
+    said = served(path, [{"id": 1, "text": "fog"}, {"id": 2, "task": "mood", "text": "fog"}])
+    assert said[1]["state"] == "refused"
+    assert "groups that are not finite" in said[1]["error"]
+    assert said[2]["state"] == "done"

@@ -139,6 +139,22 @@ def test_a_mask_comes_only_when_a_deadline_would_be_missed(toy: Path, state: Pat
         assert len(late.labels) == len(TEXTS)
 
 
+def test_submitted_requests_are_masked_for_their_deadlines_too(toy: Path, state: Path) -> None:
+    with hybrid(toy, state) as session:
+        session.load("weather")
+        for _ in range(3):
+            session.run("weather", texts=TEXTS)
+        assert session.submit("weather", texts=TEXTS, deadline=600).result(60).counters.masked_tokens == 0
+        known = session._residents._known
+        known.computing, known.reading = Meter(1e12, 1), Meter(1, 1e6)
+        session.evict_all()
+        assert session.submit("weather", texts=TEXTS).result(60).counters.masked_tokens == 0, "without a deadline nothing is masked"
+        known.computing, known.reading = Meter(1e12, 1), Meter(1, 1e6)
+        session.evict_all()
+        late = session.submit("weather", texts=TEXTS, deadline=30).result(60)
+        assert late.counters.masked_tokens == late.counters.tokens > 0
+
+
 def test_where_computing_alone_is_too_late_a_mask_leaves_the_whole_set(toy: Path, state: Path) -> None:
     with hybrid(toy, state) as session:
         session.run("weather", texts=TEXTS)

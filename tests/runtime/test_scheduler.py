@@ -32,6 +32,7 @@ from edgeml.scheduler_events import (
     Step,
     Stepped,
     Submitted,
+    Ticked,
     WorkingSet,
 )
 
@@ -329,6 +330,35 @@ def test_limits_that_cannot_be(limits: dict[str, int | str]) -> None:
         table(**limits)
 
 
+def test_a_deadline_that_has_come_ends_a_request_without_another_event() -> None:
+    scheduler = Scheduler(Limits(slots=4, queue=9))
+    assert scheduler.due() is None
+    for number, deadline in enumerate((7.0, 3.0, None, math.inf)):
+        scheduler.handle(Submitted(0, number, deadline=deadline))
+    assert scheduler.due() == 3
+    assert scheduler.handle(Ticked(2)) == []
+    assert ends(scheduler.handle(Ticked(3))) == [(1, State.FAILED, "its deadline passed before it could run")]
+    assert scheduler.due() == 7
+    scheduler.handle(Cancelled(4, 0))
+    assert scheduler.due() is None
+
+
+def test_the_dead_do_not_fill_the_queue() -> None:
+    scheduler = Scheduler(Limits(slots=4, queue=1))
+    scheduler.handle(Submitted(0, 0, deadline=1))
+    out = scheduler.handle(Submitted(2, 1))
+    assert ends(out) == [(0, State.FAILED, "its deadline passed before it could run")]
+    assert Route(1) in out
+
+
+def test_deadlines_of_ended_requests_are_let_go() -> None:
+    scheduler = Scheduler(Limits(slots=4, queue=9))
+    for number in range(10_000):
+        scheduler.handle(Submitted(number, number, deadline=1e6 + number))
+        scheduler.handle(Cancelled(number, number))
+    assert len(scheduler._deadlines) < 3000
+
+
 # ---- random stories ----
 
 SETS = [
@@ -410,6 +440,8 @@ def play(rng: random.Random, limits: Limits) -> None:
             t.numbers += 1
         elif action <= 5 and world.routing:
             route(world, world.routing.pop(draw(len(world.routing) - 1)), SETS[draw(len(SETS) - 1)])
+        elif action == 9:
+            world.tell(Ticked(t.now))
         elif action == 6 and t.numbers:
             world.tell(Cancelled(t.now, draw(t.numbers - 1)))
         else:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -233,3 +235,29 @@ def test_without_standard_output_it_says_so(toy: Path) -> None:
     command = f'exec "{sys.executable}" -P -m edgeml.cli serve-stdin "{toy}" >&-'
     done = subprocess.run(["sh", "-c", command], input=b"", capture_output=True, timeout=60)
     assert (done.returncode, done.stderr.decode().strip()) == (3, "edgeml: -: there is no standard output to answer on")
+
+
+def test_a_parent_that_never_reads_is_not_read_for_ever(toy: Path) -> None:
+    """Its answers must not fill the memory: after some lines it has to read before more is taken from it."""
+    start = "import sys, edgeml.commands.serve as serve; serve.UNREAD = 8; from edgeml.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", start, "serve-stdin", str(toy), "--threads", "1", "--quiet"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write(json.dumps(GOOD).encode() + b"\n")
+        child.stdin.flush()
+        assert json.loads(child.stdout.readline())["state"] == "done"
+        os.set_blocking(child.stdin.fileno(), False)
+        line, taken, waits = b"?" * 499 + b"\n", 0, 0
+        while waits < 20 and taken < 20_000:  # two seconds in which nothing is taken: it has stopped reading
+            try:
+                assert os.write(child.stdin.fileno(), line) == len(line)
+                taken, waits = taken + 1, 0
+            except BlockingIOError:
+                time.sleep(0.1)
+                waits += 1
+        assert taken < 5_000
+        os.set_blocking(child.stdin.fileno(), True)
+        child.stdin.close()
+        said = [json.loads(answer) for answer in child.stdout]
+    assert [answer["line"] for answer in said] == list(range(2, taken + 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,41 @@ def test_a_callback_may_close_but_not_wait() -> None:
     assert said == ["on_end cannot wait for other requests: the thread that calls it answers them"]
     with pytest.raises(UsageError, match="the session is closed"):
         serving.submit(Job(), "job")
+
+
+def test_a_deadline_passes_while_everybody_is_busy() -> None:
+    """The one worker computes; nobody else tells the table anything."""
+    go = threading.Event()
+
+    class Slow(Workshop):
+        def compute(self, works: Sequence[Job], leased: bool, paged: Callable[[], None]) -> None:
+            super().compute(works, leased, paged)
+            assert go.wait(WAIT)
+
+    serving = Serving(Slow(), Limits(slots=1, queue=9))
+    first = serving.submit(Job(), "job")
+    late = [serving.submit(Job(), "job", deadline=seconds) for seconds in (0.2, 0.1, 0.15)]
+    said: list[str] = []
+    last = serving.submit(Job(), "job", deadline=0.05, on_end=lambda ticket: said.append(threading.current_thread().name))
+    for ticket in (*late, last):
+        with pytest.raises(NotAnswered, match="its deadline passed before it could run"):
+            ticket.result(WAIT)
+    assert first.state == State.RUNNING
+    assert said == ["edgeml-deadlines"]
+    go.set()
+    assert first.result(WAIT)
+    serving.close()
+    assert not [thread for thread in threading.enumerate() if thread is serving._watcher]
+
+
+def test_a_session_that_is_being_closed_begins_to_serve_no_more(toy: Path) -> None:
+    session = edgeml.open(toy, threads=1)
+    with session._call():  # a first submit that has not come to serving yet
+        with pytest.raises(UsageError, match="1 calls still run"):
+            session.close()
+        with pytest.raises(UsageError, match="the session is closed"):
+            session.serve()
+    session.close()
 
 
 def test_pages_of_no_expert_are_refused_at_once(toy: Path) -> None:
