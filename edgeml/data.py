@@ -1,22 +1,24 @@
-"""Data directories: `DOMAIN/TASK/{train,validation,test}.jsonl.gz` beside a `task.json`, or one task's directory.
+"""Data directories: `DOMAIN/TASK/{train,validation,test}.jsonl.gz` beside a `task.json`, or one task's directory; or one table.
 
-A row is `{"text": str, "label": int}` with an optional `text_pair`. Files are untrusted: every fault is a
+A row is `{"text": str, "label": int}` with an optional `text_pair`. A table is a CSV, TSV or JSON lines file with a column of texts
+and one of labels, by name or by index, for one task of a bundle; it has no splits. Files are untrusted: every fault is a
 `DataError` that names the file and the line. Nothing here imports more than the standard library.
 """
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from edgeml.errors import DataError
 
-__all__ = ["SPLITS", "Row", "TaskData", "find_tasks", "majority_label", "parse_row", "read_task"]
+__all__ = ["SPLITS", "Columns", "Row", "TableData", "TaskData", "find_tasks", "majority_label", "parse_row", "read_task"]
 
 SPLITS = ("train", "validation", "test")
 METRICS = ("accuracy", "macro_f1")
@@ -58,6 +60,43 @@ class TaskData:
                         break
                 return rows
         raise DataError(f"{self.path}: no {split}.jsonl.gz or {split}.jsonl there")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a table's columns are called; in JSON lines these are keys."""
+
+    text: str = "text"
+    pair: str = "text_pair"
+    label: str = "label"
+
+
+@dataclass(frozen=True)
+class TableData(TaskData):
+    """A task whose rows stand in one file, all of them in every split."""
+
+    columns: Columns = field(default_factory=Columns)
+
+    def rows(self, split: str, limit: int | None = None) -> list[Row]:
+        """All rows, or the first `limit`. Raises `DataError` naming the line of a label that is none of the task's."""
+        index = {label: number for number, label in enumerate(self.labels)}
+        found = []
+        for document, where in _table(self.path, self.columns, self.pair):
+            text, pair, label = (document.get(column) for column in (self.columns.text, self.columns.pair, self.columns.label))
+            if not isinstance(text, str) or (self.pair and not isinstance(pair, str)):
+                raise DataError(f"{where}: '{self.columns.pair if isinstance(text, str) else self.columns.text}' must be a text")
+            number = index.get(label) if isinstance(label, str) else label
+            if number is None and isinstance(label, str) and label.strip().isascii() and label.strip().isdigit():
+                number = int(label) if len(label) < 10 else None
+            if type(number) is not int or not 0 <= number < len(self.labels):
+                some = ", ".join(self.labels[:6]) + (" ..." if len(self.labels) > 6 else "")
+                raise DataError(f"{where}: the label {label!r:.60} is none of task '{self.name}'s {len(self.labels)} ({some})")
+            found.append(Row(text, pair if self.pair and isinstance(pair, str) else None, number))
+            if limit is not None and len(found) >= limit:
+                break
+        if not found:
+            raise DataError(f"{self.path}: it has no rows; give one labelled text a line")
+        return found
 
 
 def parse_row(document: Any, where: str, classes: int | None = None, pair: bool = False) -> Row:
@@ -136,6 +175,22 @@ def majority_label(rows: list[Row]) -> int:
 
 
 def _read_rows(file: Path, classes: int, pair: bool) -> Iterator[Row]:
+    for document, where in _json_rows(file):
+        yield parse_row(document, where, classes, pair)
+
+
+def _json_rows(file: Path) -> Iterator[tuple[Any, str]]:
+    """Each line's document, and where it stands."""
+    for number, line in _lines(file):
+        try:
+            document = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:  # an integer of thousands of digits is a ValueError
+            raise DataError(f"{file}:{number}: not a JSON row in UTF-8 ({error})") from error
+        yield document, f"{file}:{number}"
+
+
+def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, with their numbers from 1."""
     number = 0
     try:
         with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as stream:
@@ -144,8 +199,43 @@ def _read_rows(file: Path, classes: int, pair: bool) -> Iterator[Row]:
                 if len(line) > LINE_LIMIT:
                     raise DataError(f"{file}:{number}: the line is longer than {LINE_LIMIT} bytes")
                 if line.strip():
-                    yield parse_row(json.loads(line.decode("utf-8")), f"{file}:{number}", classes, pair)
+                    yield number, line
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{file}:{number + 1}: cannot be read ({error})") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{file}:{number}: not a JSON row in UTF-8 ({error})") from error
+
+
+def _table(file: Path, columns: Columns, pair: bool) -> Iterator[tuple[dict[str, Any], str]]:
+    """The rows of a table as objects, and where each stands."""
+    if file.suffix in (".csv", ".tsv"):
+        yield from _csv_rows(file, [columns.text, columns.label, *([columns.pair] if pair else [])])
+        return
+    if not file.name.endswith((".jsonl", ".jsonl.gz")):
+        raise DataError(f"{file}: a table is a .csv, .tsv, .jsonl or .jsonl.gz file; rename it")
+    for document, where in _json_rows(file):
+        if not isinstance(document, dict):
+            raise DataError(f'{where}: expected an object with "{columns.text}" and "{columns.label}"')
+        yield document, where
+
+
+def _csv_rows(file: Path, wanted: Sequence[str]) -> Iterator[tuple[dict[str, Any], str]]:
+    number = 0
+    try:
+        with file.open("r", encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
+            there = list(reader.fieldnames or ())
+            for column in wanted:
+                if column not in there:
+                    named = ", ".join(map(str, there[:12])) or "none"
+                    raise DataError(f"{file}: no column '{column}'; it has {named}; see --text-column, --pair-column, --label-column")
+            number = 1
+            for document in reader:
+                number = reader.line_num
+                if None in document or None in document.values():
+                    raise DataError(f"{file}:{number}: the row has not the {len(there)} cells of the first line")
+                yield document, f"{file}:{number}"
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 after line {number} (byte {error.start}); save the file as UTF-8") from None
+    except csv.Error as error:
+        raise DataError(f"{file}:{number + 1}: not a row of a table ({error})") from None

@@ -1,123 +1,46 @@
-"""What a bundle scores on labelled data: the figures behind `edgeml eval`. Knows no session: it is handed a function that answers.
+"""What is to be evaluated: data matched with a bundle's tasks, and the experts a variant keeps. Knows no session.
 
-A task's chance is its metric for always predicting the commonest label of the *training* split, taken on the evaluated rows.
-Retention compares with a reference on the same rows; its interval is a paired bootstrap over examples (`edgeml.metrics`); an
-example of a task with maps is an image.
+A task's chance is its metric for always predicting the commonest label of the *training* split, taken on the evaluated rows; of a
+table without splits that is the table's own commonest label. Scores and everything that follows from them stand in `domains`.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeml.data import Row, TaskData, majority_label
+from edgeml.domains import Sheet, Table, variant_figures
 from edgeml.errors import DataError, UsageError
-from edgeml.image_data import ImageSet, ImageTask
+from edgeml.image_data import ImageRows, ImageSet, ImageTask, commonest_label
 from edgeml.manifest import ImageStages, Manifest, Task
-from edgeml.metrics import bootstrap, from_tally, retention, score, tally
+from edgeml.metrics import tally
+from edgeml.predictions import Question
 from edgeml.router import ResidentSet, share_of, usage_of
 
 __all__ = [
-    "Answered",
-    "AnsweredMaps",
     "answer_rows",
+    "image_questions",
     "kept_set",
     "match_images",
     "match_tasks",
     "read_labelled",
     "report",
+    "seen_domains",
     "tally_maps",
+    "tasks_of",
+    "text_question",
 ]
 
 CHUNK_ROWS = 512
-BOOTSTRAP_SEED = 0
 
 Labels = NDArray[np.int64]
-
-
-class Scored(Protocol):
-    """One task's examples with their answers, scored on any of its rows (a repeated row counts again)."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def domain(self) -> str: ...
-    @property
-    def metric(self) -> str: ...
-    @property
-    def compared(self) -> bool:
-        """Whether there are a reference's answers."""
-
-    def __len__(self) -> int: ...
-    def score(self, rows: Labels | slice) -> float: ...
-    def chance(self, rows: Labels | slice) -> float: ...
-    def reference_score(self, rows: Labels | slice) -> float: ...
-
-
-@dataclass(frozen=True)
-class Answered:
-    """One task's rows and answers, as label indices (n,). `commonest` is the training split's; `reference` (n,) or None."""
-
-    name: str
-    domain: str
-    metric: str
-    labels: Labels
-    predicted: Labels
-    commonest: int
-    reference: Labels | None = None
-
-    @property
-    def compared(self) -> bool:
-        return self.reference is not None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def score(self, rows: Labels | slice) -> float:
-        return score(self.metric, self.labels[rows], self.predicted[rows])
-
-    def chance(self, rows: Labels | slice) -> float:
-        labels = self.labels[rows]
-        return score(self.metric, labels, np.full_like(labels, self.commonest))
-
-    def reference_score(self, rows: Labels | slice) -> float:
-        assert self.reference is not None
-        return score(self.metric, self.labels[rows], self.reference[rows])
-
-
-@dataclass(frozen=True)
-class AnsweredMaps:
-    """One task with maps, as counts by image and class (n, classes, 3) that `tally_maps` made: of the answers, of always naming
-    the commonest class, and of the reference's answers or None."""
-
-    name: str
-    domain: str
-    metric: str
-    predicted: Labels
-    commonest: Labels
-    reference: Labels | None = None
-
-    @property
-    def compared(self) -> bool:
-        return self.reference is not None
-
-    def __len__(self) -> int:
-        return len(self.predicted)
-
-    def score(self, rows: Labels | slice) -> float:
-        return from_tally(self.metric, self.predicted[rows].sum(0))
-
-    def chance(self, rows: Labels | slice) -> float:
-        return from_tally(self.metric, self.commonest[rows].sum(0))
-
-    def reference_score(self, rows: Labels | slice) -> float:
-        assert self.reference is not None
-        return from_tally(self.metric, self.reference[rows].sum(0))
 
 
 def match_tasks(data: Sequence[TaskData], manifest: Manifest, where: str) -> tuple[list[TaskData], list[str]]:
@@ -198,10 +121,12 @@ def read_labelled(task: TaskData, split: str, limit: int | None) -> tuple[list[R
     return rows, majority_label(task.rows("train"))
 
 
-def answer_rows(answer: Callable[[list[Row]], Labels], rows: Sequence[Row], where: str, tick: Callable[[int], None]) -> Labels:
-    """Predicted label indices (n,), asked for in chunks; `tick` gets the number of rows done since the last call."""
-    parts = []
-    for start in range(0, len(rows), CHUNK_ROWS):
+def answer_rows(
+    answer: Callable[[list[Row]], Labels], rows: Sequence[Row], where: str, tick: Callable[[int], None], first: int = 0
+) -> Labels:
+    """Predicted label indices (n,) of the rows from `first`, asked for in chunks; `tick` gets the rows done since the last call."""
+    parts = [np.zeros(0, np.int64)]
+    for start in range(first, len(rows), CHUNK_ROWS):
         chunk = list(rows[start : start + CHUNK_ROWS])
         try:
             parts.append(answer(chunk))
@@ -211,12 +136,53 @@ def answer_rows(answer: Callable[[list[Row]], Labels], rows: Sequence[Row], wher
     return np.concatenate(parts)
 
 
-def kept_set(manifest: Manifest, task: str, share: float, seed: int | None) -> ResidentSet:
-    """Keep at most `share` of each site's routed experts, by the task's usage, or at random where there is a `seed`; forbid the others.
+def text_question(task: TaskData, split: str, limit: int | None) -> tuple[Question, list[Row]]:
+    """A task to be asked, and its rows. Raises `DataError` for an empty split."""
+    rows, commonest = read_labelled(task, split, limit)
+    told = json.dumps([[row.text, row.pair, row.label] for row in rows]).encode()
+    labels = np.array([row.label for row in rows], np.int64)
+    digest = hashlib.sha256(told).hexdigest()[:16]
+    return Question(task.name, task.domain, task.metric, len(task.labels), commonest, digest, labels), rows
 
-    Raises `UsageError` where a site would be left without any expert, and for a task without recorded usage.
+
+def image_questions(images: ImageSet, tasks: Sequence[ImageTask], split: str, limit: int | None) -> tuple[list[Question], ImageRows]:
+    """A set's tasks to be asked, and its images. Raises `DataError` for an empty split."""
+    rows, train = images.rows(split, limit), images.rows("train")
+    if not len(rows.images):
+        raise DataError(f"{images.path}: the split '{split}' has no images")
+    questions = []
+    for task in tasks:
+        labels, commonest = rows.labels[task.name], commonest_label(train.labels[task.name], task.void)
+        digest = hashlib.sha256(rows.images.tobytes() + labels.tobytes()).hexdigest()[:16]
+        truth = labels.astype(np.int64)
+        if task.kind != "classification":
+            truth = tally_maps(task, labels, np.full_like(labels, commonest))
+        questions.append(Question(task.name, images.name, task.metric, len(task.labels), commonest, digest, truth))
+    return questions, rows
+
+
+def seen_domains(manifest: Manifest, given: Sequence[str] | None, domains_of: Mapping[str, str]) -> list[str] | None:
+    """The domains whose data the exporter saw: `given`, or those of the tasks that the bundle's provenance lists; None if it lists none.
+
+    `domains_of` says of each task of the data its domain; a task of the provenance that is not there has the bundle's.
     """
-    order = _by_usage(manifest, task) if seed is None else _at_random(manifest, task, seed)
+    if given is not None:
+        return sorted(set(given))
+    listed = manifest.provenance.get("data")
+    if not isinstance(listed, Mapping) or not listed:
+        return None
+    named = {task.name: task.domain for task in manifest.tasks} | dict(domains_of)
+    named |= {domain: domain for domain in named.values()}  # of images, provenance lists sets
+    return sorted({named[str(name)] for name in listed if str(name) in named})
+
+
+def kept_set(manifest: Manifest, task: str, share: float, seed: int | None, used_by: Sequence[str] = ()) -> ResidentSet:
+    """Keep at most `share` of each site's routed experts and forbid the others: the most used ones, or random ones where there is a `seed`.
+
+    Usage is the task's own, or the mean over the tasks `used_by`. Raises `UsageError` where a site would be left without any expert,
+    and for a task without recorded usage.
+    """
+    order = _by_usage(manifest, used_by or [task]) if seed is None else _at_random(manifest, task, seed)
     width = max((len(site.experts) for site in manifest.sites), default=0)
     mask = np.full((len(manifest.sites), width), -np.inf, np.float32)
     pages: set[int] = set()
@@ -229,8 +195,22 @@ def kept_set(manifest: Manifest, task: str, share: float, seed: int | None) -> R
     return ResidentSet(tuple(sorted(pages)), mask)
 
 
-def _by_usage(manifest: Manifest, task: str) -> list[Labels]:
-    return [np.argsort(-np.asarray(importance), kind="stable") for importance in usage_of(manifest, task)]
+def tasks_of(manifest: Manifest, domain: str, domains_of: Mapping[str, str]) -> list[str]:
+    """The tasks of a domain whose usage the bundle records; `domains_of` says of each task of the data its domain, the bundle of others.
+
+    Raises `UsageError` listing the domains where there is none.
+    """
+    known = {task.name: domains_of.get(task.name, task.domain) for task in manifest.tasks if task.name in manifest.usage}
+    found = [name for name, own in known.items() if own == domain]
+    if not found:
+        listed = _listed(sorted(set(known.values()))) or "none"
+        raise UsageError(f"the bundle records no usage of a domain '{domain}', so no experts can be kept for it; it has {listed}")
+    return found
+
+
+def _by_usage(manifest: Manifest, names: Sequence[str]) -> list[Labels]:
+    usages = [usage_of(manifest, name) for name in names]
+    return [np.argsort(-np.mean(site, axis=0), kind="stable") for site in zip(*usages, strict=True)]
 
 
 def _at_random(manifest: Manifest, task: str, seed: int) -> list[Labels]:
@@ -239,52 +219,11 @@ def _at_random(manifest: Manifest, task: str, seed: int) -> list[Labels]:
     return [rng.permutation(len(site.experts)) for site in manifest.sites]
 
 
-def report(answered: Sequence[Scored]) -> dict[str, Any]:
-    """The document's figures: tasks, means, and with references retention and the tasks it leaves out."""
-    tasks = {task.name: _figures(task) for task in answered}
-    document: dict[str, Any] = {
-        "tasks": tasks,
-        "mean": float(np.mean([task["score"] for task in tasks.values()])),
-        "reference_mean": None,
-        "retention": None,
-        "excluded": [],
-    }
-    if all(task.compared for task in answered):
-        document["reference_mean"] = float(np.mean([task["reference_score"] for task in tasks.values()]))
-        document["retention"], document["excluded"] = _retention(answered, tasks)
-    return document
-
-
-def _figures(task: Scored) -> dict[str, Any]:
-    everything = slice(None)
-    return {
-        "domain": task.domain,
-        "metric": task.metric,
-        "n": len(task),
-        "chance": task.chance(everything),
-        "score": task.score(everything),
-        "reference_score": task.reference_score(everything) if task.compared else None,
-    }
-
-
-def _retention(answered: Sequence[Scored], tasks: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any] | None, list[str]]:
-    columns = ([task[key] for task in tasks.values()] for key in ("score", "chance", "reference_score"))
-    value, left_out = retention(*columns)
-    excluded = [answered[number].name for number in left_out]
-    if value is None:
-        return None, excluded
-    kept = [task for number, task in enumerate(answered) if number not in left_out]
-
-    def ratio(rows: Sequence[Labels]) -> float:
-        gained = possible = 0.0
-        for task, drawn in zip(kept, rows, strict=True):
-            chance = task.chance(drawn)
-            gained += task.score(drawn) - chance
-            possible += task.reference_score(drawn) - chance
-        return gained / possible if possible else 0.0  # a drawn sample on which the reference does no better than chance
-
-    interval = bootstrap(ratio, [len(task) for task in kept], BOOTSTRAP_SEED)
-    return interval.as_json(), excluded
+def report(sheets: Sequence[Sheet]) -> dict[str, Any]:
+    """The figures of one variant, the last of the sheets' answers; where there are two, the first are the reference's."""
+    last = len(sheets[0].answers) - 1
+    found = variant_figures(Table(sheets), last, last > 0)
+    return {key: value for key, value in found.items() if key != "domains"}
 
 
 def _listed(names: Any, most: int = 8) -> str:

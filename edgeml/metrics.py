@@ -5,7 +5,9 @@ split. Retention over several tasks is a ratio of sums, sum(score - chance) / su
 reference is at least 0.1 above chance: a mean of ratios would let the task with the smallest denominator decide. Intervals are
 percentiles of a paired bootstrap over examples: every variant is scored on the same drawn rows.
 
-Of maps, an example is an image: `tally` counts its pixels once, and the sums of any drawn images give the metric (`from_tally`).
+Every metric is a function of counts summed over examples: by class how often it was rightly predicted, how often it occurs, how
+often it was predicted. `tally` (of maps, where an example is an image) and `one_hot` (of labels) count each example once, and the
+sums over any drawn examples give the metric (`from_tally`); `drawn_scores` does so for a thousand draws at a time.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgeml.errors import DataError, UsageError
+from edgeml.indices import cdtr, corrected, dsi, dsi_route, forgetting, gg
 
 __all__ = [
     "DENSE_METRICS",
@@ -24,11 +27,20 @@ __all__ = [
     "Interval",
     "accuracy",
     "bootstrap",
+    "cdtr",
     "chance",
+    "corrected",
+    "drawn_scores",
+    "dsi",
+    "dsi_route",
     "edge_f1",
+    "forgetting",
     "from_tally",
+    "gg",
+    "interval_of",
     "macro_f1",
     "miou",
+    "one_hot",
     "retention",
     "score",
     "tally",
@@ -36,22 +48,32 @@ __all__ = [
 
 ABOVE_CHANCE = 0.1
 RESAMPLES = 1000
+BOOTSTRAP_SEED = 0
+#: Resamples that are multiplied at a time, for memory's sake.
+CHUNK = 250
+#: A statistic that is undefined on more than this share of the resamples has no interval.
+MOST_UNDEFINED = 0.05
 DENSE_METRICS = ("miou", "edge_f1")
 FEWEST_EXAMPLES = 30
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure with its 95 % interval over `n` examples; `low` and `high` are None below 30 examples."""
+    """A figure with its 95 % interval over `n` examples; `low` and `high` are None below 30 examples.
+
+    `near_clip`: a score in it is so near chance that the bootstrap is known to fail, and the interval is not to be trusted.
+    """
 
     value: float
     low: float | None
     high: float | None
     n: int
+    near_clip: bool = False
 
-    def as_json(self) -> dict[str, float | int | None]:
-        """The form that `--json` promises."""
-        return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
+    def as_json(self) -> dict[str, float | int | bool | None]:
+        """The form that `--json` promises; `near_clip` is there only where it is true."""
+        flag = {"near_clip": True} if self.near_clip else {}
+        return {"value": self.value, "low": self.low, "high": self.high, "n": self.n, **flag}
 
 
 def accuracy(labels: ArrayLike, predictions: ArrayLike) -> float:
@@ -75,7 +97,7 @@ def miou(labels: ArrayLike, predictions: ArrayLike, classes: int, void: int | No
 
     Integer arrays of one shape; pixels labelled `void` are left out, whatever was predicted there. Class ids are below `classes`.
     """
-    return from_tally("miou", tally(*_one_image(labels, predictions), classes, void).sum(0))
+    return float(from_tally("miou", tally(*_one_image(labels, predictions), classes, void).sum(0)))
 
 
 def edge_f1(labels: ArrayLike, predictions: ArrayLike, void: int | None = None) -> float:
@@ -83,7 +105,7 @@ def edge_f1(labels: ArrayLike, predictions: ArrayLike, void: int | None = None) 
 
     Integer or boolean arrays of one shape: predictions are `probabilities >= 0.5`. Pixels labelled `void` are left out.
     """
-    return from_tally("edge_f1", tally(*_one_image(labels, predictions), 2, void).sum(0))
+    return float(from_tally("edge_f1", tally(*_one_image(labels, predictions), 2, void).sum(0)))
 
 
 def tally(labels: ArrayLike, predictions: ArrayLike, classes: int, void: int | None = None) -> NDArray[np.int64]:
@@ -108,15 +130,36 @@ def tally(labels: ArrayLike, predictions: ArrayLike, classes: int, void: int | N
     return counts
 
 
-def from_tally(metric: str, counts: NDArray[np.int64]) -> float:
-    """`miou` or `edge_f1` of summed counts (classes, 3). Raises `UsageError` for another metric."""
-    if metric not in DENSE_METRICS:
-        raise UsageError(f"there is no metric '{metric}' of maps: choose one of {', '.join(DENSE_METRICS)}")
-    right, occurring, predicted = counts[:, 0], counts[:, 1], counts[:, 2]
-    if metric == "edge_f1":
-        return float(2 * right[1] / max(occurring[1] + predicted[1], 1))
+def one_hot(labels: ArrayLike, predictions: ArrayLike, classes: int) -> NDArray[np.int8]:
+    """What `tally` is for maps, for labels: integer arrays (n,) as counts (n, classes, 3) of 0 and 1.
+
+    Raises `DataError` for other shapes, and for a label or prediction outside 0 to classes - 1.
+    """
+    y, p = _checked(labels, predictions)
+    if min(y.min(), p.min()) < 0 or max(y.max(), p.max()) >= classes:
+        raise DataError(f"a label or prediction lies outside 0 to {classes - 1}")
+    counts, rows = np.zeros((len(y), classes, 3), np.int8), np.arange(len(y))
+    counts[rows, y, 0] = y == p
+    counts[rows, y, 1] = 1
+    counts[rows, p, 2] = 1
+    return counts
+
+
+def from_tally(metric: str, counts: ArrayLike) -> NDArray[np.float64]:
+    """A metric of summed counts (..., classes, 3), shape (...). Raises `UsageError` for another metric."""
+    right, occurring, predicted = (np.asarray(counts, np.float64)[..., column] for column in range(3))
     there = occurring > 0
-    return float(np.mean(right[there] / (occurring + predicted - right)[there])) if there.any() else 0.0
+    if metric == "accuracy":
+        return np.asarray(right.sum(-1) / np.maximum(occurring.sum(-1), 1))
+    if metric == "edge_f1":
+        return np.asarray(2 * right[..., 1] / np.maximum(occurring + predicted, 1)[..., 1])
+    if metric == "macro_f1":
+        shares = 2 * right / np.maximum(occurring + predicted, 1)
+    elif metric == "miou":
+        shares = right / np.maximum(occurring + predicted - right, 1)
+    else:
+        raise UsageError(f"there is no metric '{metric}': choose one of {', '.join((*METRICS, *DENSE_METRICS))}")
+    return np.asarray((shares * there).sum(-1) / np.maximum(there.sum(-1), 1))
 
 
 METRICS: Mapping[str, Callable[[ArrayLike, ArrayLike], float]] = {"accuracy": accuracy, "macro_f1": macro_f1}
@@ -140,19 +183,20 @@ def chance(metric: str, labels: ArrayLike, commonest: int, classes: int | None =
     return score(metric, y, np.full(y.shape, commonest), classes, void)
 
 
-def retention(scores: ArrayLike, chances: ArrayLike, reference: ArrayLike) -> tuple[float | None, list[int]]:
-    """Ratio of sums over tasks, and the indices of tasks left out because their reference is less than 0.1 above chance.
+def retention(scores: ArrayLike, chance: ArrayLike) -> tuple[list[float | None], list[int]]:
+    """Each variant's ratio of sums over tasks, and the indices of tasks left out because the reference is less than 0.1 above chance.
 
-    `scores`, `chances`, `reference` (tasks,) in [0, 1]. None, not 0, where no task remains.
+    `scores` (1 + V, tasks) in [0, 1], the reference first; `chance` (tasks,). None, not 0, where no task remains.
     """
-    s, c, r = (np.asarray(values, np.float64) for values in (scores, chances, reference))
-    if not s.shape == c.shape == r.shape:
-        raise UsageError(f"scores, chances and reference must have one value a task, not {s.shape}, {c.shape} and {r.shape}")
-    kept = r - c >= ABOVE_CHANCE
+    s, c = (np.asarray(values, np.float64) for values in (scores, chance))
+    if s.ndim != 2 or c.shape != s.shape[1:]:
+        raise UsageError(f"scores must be (1 + variants, tasks) and chance (tasks,), not {s.shape} and {c.shape}")
+    if not (np.isfinite(s).all() and np.isfinite(c).all()):
+        raise DataError("a score or a chance is not a number")
+    kept = s[0] - c >= ABOVE_CHANCE
     excluded = [int(index) for index in np.flatnonzero(~kept)]
-    if not kept.any():
-        return None, excluded
-    return float((s - c)[kept].sum() / (r - c)[kept].sum()), excluded
+    gained = (s - c)[:, kept].sum(-1)
+    return [float(variant / gained[0]) if kept.any() else None for variant in gained[1:]], excluded
 
 
 def bootstrap(
@@ -171,6 +215,34 @@ def bootstrap(
     drawn = [statistic([rng.integers(0, size, size) for size in sizes]) for _ in range(resamples)]
     low, high = np.percentile(drawn, [2.5, 97.5])
     return Interval(value, float(low), float(high), total)
+
+
+def drawn_scores(
+    metric: str, counts: Sequence[NDArray[np.integer]], seed: Sequence[int], resamples: int = RESAMPLES
+) -> NDArray[np.float64]:
+    """A task's metric for several variants on the same drawn examples, (resamples, variants). `counts`: each (n, classes, 3)."""
+    n = len(counts[0])
+    rng, found = np.random.default_rng(seed), np.empty((resamples, len(counts)))
+    if metric == "accuracy":  # of which the classes are no concern
+        counts = [one.sum(1, keepdims=True) for one in counts]
+    flat = [one.reshape(n, -1).astype(np.float64) for one in counts]
+    for start in range(0, resamples, CHUNK):
+        part = slice(start, min(start + CHUNK, resamples))
+        times = np.stack([np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(part.stop - start)]).astype(np.float64)
+        for variant, one in enumerate(flat):
+            found[part, variant] = from_tally(metric, (times @ one).reshape(len(times), *counts[variant].shape[1:]))
+    return found
+
+
+def interval_of(value: float | None, drawn: Sequence[float | None], n: int, near_clip: bool = False) -> Interval | None:
+    """A figure with the 2.5th to 97.5th percentile of its resamples, None of None; resamples where it is undefined are left out."""
+    if value is None:
+        return None
+    there = [one for one in drawn if one is not None]
+    if len(there) < (1 - MOST_UNDEFINED) * len(drawn) or not there:
+        return Interval(value, None, None, n, near_clip)
+    low, high = np.percentile(there, [2.5, 97.5])
+    return Interval(value, float(low), float(high), n, near_clip)
 
 
 def _one_image(labels: ArrayLike, predictions: ArrayLike) -> tuple[NDArray[np.generic], NDArray[np.generic]]:

@@ -171,7 +171,7 @@ class Sets(Pass):
         found = evaluate(job.written(), view, limit, job.show, experts_kept=self.share)
         names = list(found)
         scores, chances = ([found[name][key] for name in names] for key in ("score", "chance"))
-        kept, _ = retention(scores, chances, [reference[name] for name in names])
+        (kept,), _ = retention([[reference[name] for name in names], scores], chances)
         job.evidence["kept"] = {"share": self.share, "retention": kept, "split": view.split}
         if kept is not None and kept < self.min_retention:
             raise _refused([f"with {self.share:.0%} of the experts {kept:.1%} is retained, at least {self.min_retention:.1%} is asked"])

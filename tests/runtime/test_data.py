@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeml.data import Row, find_tasks, majority_label, read_task
+from edgeml.data import Columns, Row, TableData, find_tasks, majority_label, read_task
 from edgeml.errors import DataError
 
 TASK = {"name": "t", "domain": "d", "labels": ["no", "yes"], "metric": "accuracy"}
@@ -106,3 +106,70 @@ def test_the_shared_tasks_are_readable() -> None:
     tasks = find_tasks(SHARED)
     assert len(tasks) == 38
     assert all(len(task.rows("test", 5)) == 5 for task in tasks)
+
+
+# ---- one table ----
+
+
+def table(tmp_path: Path, name: str, content: bytes | str, columns: Columns | None = None, pair: bool = False) -> TableData:
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return TableData("t", "d", ("no", "yes"), "accuracy", pair, None, file, columns or Columns())
+
+
+def test_tables_are_read(tmp_path: Path) -> None:
+    rows = [Row("a, b\nc", None, 1), Row("d", None, 0)]
+    assert table(tmp_path, "t.csv", '\ufefftext,label,more\n"a, b\nc",yes,1\nd,0,2\n').rows("test") == rows
+    assert table(tmp_path, "t.tsv", "label\ttext\nyes\ta, b c\n").rows("train") == [Row("a, b c", None, 1)]
+    lines = '{"said": "a", "verdict": "no", "x": [1]}\n\n{"said": "b", "verdict": 1}\n'
+    named = Columns("said", "then", "verdict")
+    assert table(tmp_path, "t.jsonl", lines, named).rows("test") == [Row("a", None, 0), Row("b", None, 1)]
+    assert table(tmp_path, "t.jsonl.gz", gzip.compress(lines.encode()), named).rows("test", 1) == [Row("a", None, 0)]
+    assert table(tmp_path, "p.csv", "text,text_pair,label\na,b,yes\n", pair=True).rows("test") == [Row("a", "b", 1)]
+
+
+def test_a_name_comes_before_a_number(tmp_path: Path) -> None:
+    task = table(tmp_path, "t.csv", "text,label\na,1\nb,0\n")
+    assert [row.label for row in task.rows("test")] == [1, 0]
+    named = TableData("t", "d", ("1", "0"), "accuracy", False, None, task.path)
+    assert [row.label for row in named.rows("test")] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("t.csv", "text,label\na,yes\nb,maybe\n", r"t\.csv:3: the label 'maybe' is none of task 't's 2 \(no, yes\)"),
+        ("t.csv", "text,label\na,2\n", r"t\.csv:2: the label '2'"),
+        ("t.csv", "text,label\na,-1\n", r"t\.csv:2: the label '-1'"),
+        ("t.csv", "text,label\na,nan\n", r"t\.csv:2: the label 'nan'"),
+        ("t.csv", f"text,label\na,{'9' * 5000}\n", r"t\.csv:2: the label '9"),
+        ("t.csv", "text,label\na\n", r"t\.csv:2: the row has not the 2 cells"),
+        ("t.csv", "text,label\na,yes,b\n", r"t\.csv:2: the row has not the 2 cells"),
+        ("t.csv", 'text,label\n"a,yes\n', r"t\.csv:2: not a row of a table"),
+        ("t.csv", "words,label\na,yes\n", r"t\.csv: no column 'text'; it has words, label; see --text-column"),
+        ("t.csv", "", r"t\.csv: no column 'text'; it has none"),
+        ("t.csv", "text,label\n", r"t\.csv: it has no rows"),
+        ("t.csv", b"text,label\n\xff,yes\n", r"t\.csv: not UTF-8"),
+        ("t.jsonl", '{"text": "a", "label": true}\n', r"t\.jsonl:1: the label True"),
+        ("t.jsonl", '{"text": "a", "label": NaN}\n', r"t\.jsonl:1: the label nan"),
+        ("t.jsonl", '{"text": "a"}\n', r"t\.jsonl:1: the label None"),
+        ("t.jsonl", '{"text": 3, "label": 1}\n', r"t\.jsonl:1: 'text' must be a text"),
+        ("t.jsonl", '{"text": "a", "label": 1}\nno\n', r"t\.jsonl:2: not a JSON row"),
+        ("t.jsonl", "[]\n", r't\.jsonl:1: expected an object with "text" and "label"'),
+        ("t.jsonl", f'{{"text": "a", "label": {"1" * 5000}}}\n', r"t\.jsonl:1: not a JSON row"),
+        ("t.parquet", "", r"t\.parquet: a table is a \.csv"),
+        ("t.jsonl.gz", "x", r"t\.jsonl\.gz:1: cannot be read"),
+    ],
+)
+def test_a_broken_table_is_named_by_file_and_line(tmp_path: Path, name: str, content: bytes | str, words: str) -> None:
+    with pytest.raises(DataError, match=words) as caught:
+        table(tmp_path, name, content).rows("test")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match="'text_pair'"):
+        table(tmp_path, "p.csv", "text,label\na,yes\n", pair=True).rows("test")
+
+
+def test_a_table_that_is_not_there(tmp_path: Path) -> None:
+    for name in ("absent.csv", "absent.jsonl"):
+        with pytest.raises(DataError, match="cannot be read"):
+            TableData("t", "d", ("no",), "accuracy", False, None, tmp_path / name).rows("test")

@@ -14,7 +14,8 @@ from edgeml.bundle import Bundle
 from edgeml.cli import main
 from edgeml.data import Row, TaskData
 from edgeml.errors import DataError, UsageError
-from edgeml.evaluate import Answered, Labels, answer_rows, kept_set, match_tasks, read_labelled, report
+from edgeml.domains import Sheet
+from edgeml.evaluate import Labels, answer_rows, kept_set, match_tasks, read_labelled, report
 from edgeml.made import TOY, make_mixture
 from edgeml.manifest import Manifest, load_manifest
 
@@ -72,9 +73,9 @@ def sentence(capsys: pytest.CaptureFixture[str], code: int, *arguments: str | Pa
     return said.err
 
 
-def answered(name: str, labels: list[int], predicted: list[int], reference: list[int] | None = None, commonest: int = 0) -> Answered:
-    other = None if reference is None else np.array(reference)
-    return Answered(name, "d", "accuracy", np.array(labels), np.array(predicted), commonest, other)
+def answered(name: str, labels: list[int], predicted: list[int], reference: list[int] | None = None, commonest: int = 0) -> Sheet:
+    answers = [np.array(one) for one in (reference, predicted) if one is not None]
+    return Sheet.of_labels(name, "d", "accuracy", np.array(labels), commonest, answers)
 
 
 def test_figures_without_a_reference() -> None:
@@ -178,7 +179,7 @@ def test_the_command_scores_what_the_session_answers(toy: Path, data: Path, tmp_
     assert set(found["tasks"]) == {"mood", "weather"}
     assert found["skipped"] == ["other"]
     assert found["retention"] is None
-    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    rows = [row for row in map(json.loads, lines.read_text().splitlines()) if "predictions" not in row]
     assert [row["row"] for row in rows] == [*range(40), *range(50)]
     texts = [json.loads(line) for line in (data / "made" / "weather" / "test.jsonl").read_text().splitlines()]
     with edgeml.open(toy) as session:
