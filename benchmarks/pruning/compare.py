@@ -36,6 +36,7 @@ from edgeml_export.prune import Distillation, Progress, macs_and_parameters, pru
 from torch import nn
 
 from edgeml.errors import UsageError
+from edgeml.measure import environment
 
 OURS, CONTROL = ("pagcp", "pagcp-latency"), "none"
 METHODS = (*OURS, *peers.PEERS, CONTROL)
@@ -184,7 +185,8 @@ def run(options: argparse.Namespace) -> int:
             continue
         done.add(key(one))
         settings = {"epochs": options.epochs, "tune_epochs": options.tune_epochs, "rate": options.rate}
-        measured = one | row(options.work, data, one["seed"], one["method"], one["cut"], one["loss"], options) | {"settings": settings}
+        found = row(options.work, data, one["seed"], one["method"], one["cut"], one["loss"], options)
+        measured = one | found | {"settings": settings, "cpu": environment()["cpu"]}
         with open(options.work / "results.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(measured) + "\n")
         print(f"{one}: MACs -{measured['macs_removed']:.1%}, raw {measured['raw_drop']:+.2f}, drop {measured['drop']:+.2f}", flush=True)
