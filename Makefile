@@ -12,7 +12,7 @@ EDGEML_SHARED ?= ../shared
 demo: $(DEMO_VENV)/ready
 	$(DEMO_VENV)/bin/python examples/demo.py
 
-$(DEMO_VENV)/ready: pyproject.toml CMakeLists.txt $(wildcard edgeml/*.py edgeml/commands/*.py native/src/* native/include/*) | check-tools
+$(DEMO_VENV)/ready: pyproject.toml CMakeLists.txt $(wildcard edgeml/*.py edgeml/*/* native/src/* native/include/*) | check-tools
 	@test -d $(DEMO_VENV) || $(PYTHON) -m venv $(DEMO_VENV)
 	@echo "installing the runtime and building its C extension into $(DEMO_VENV) ..."
 	@$(DEMO_VENV)/bin/pip install --quiet --disable-pip-version-check .
