@@ -8,14 +8,14 @@ EDGEML_SHARED ?= ../shared
 
 .PHONY: demo test test-c test-python install lint bench model export-demo vision-models build clean check-tools
 
-# What a newcomer runs: the runtime alone (no torch), the committed bundle, answers, and what paging costs here.
+# What a newcomer runs: the runtime and its reports (no torch), the committed bundle, answers, and what paging costs here.
 demo: $(DEMO_VENV)/ready
 	$(DEMO_VENV)/bin/python examples/demo.py
 
-$(DEMO_VENV)/ready: pyproject.toml CMakeLists.txt $(wildcard edgeml/*.py edgeml/*/* native/src/* native/include/*) | check-tools
+$(DEMO_VENV)/ready: pyproject.toml CMakeLists.txt $(wildcard edgeml/*.py edgeml/*/*.py reports/edgeml_report/* native/src/* native/include/*) | check-tools
 	@test -d $(DEMO_VENV) || $(PYTHON) -m venv $(DEMO_VENV)
 	@echo "installing the runtime and building its C extension into $(DEMO_VENV) ..."
-	@$(DEMO_VENV)/bin/pip install --quiet --disable-pip-version-check .
+	@$(DEMO_VENV)/bin/pip install --quiet --disable-pip-version-check . ./reports
 	@touch $@
 
 # Everything: C tests under sanitizers, lint and types, Python tests against the installed package.
@@ -29,15 +29,15 @@ check-tools:
 	@$(PYTHON) -c 'import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.get_paths()["include"], "Python.h").exists())' || { echo "edgeml: Python's headers are missing (Debian, Ubuntu: apt-get install python3-dev)"; exit 2; }
 
 # The development environment, made anew when the packaging changes.
-$(VENV)/ready: pyproject.toml exporters/pyproject.toml devices/pyproject.toml | check-tools
+$(VENV)/ready: pyproject.toml exporters/pyproject.toml devices/pyproject.toml reports/pyproject.toml | check-tools
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet '.[dev]' ./exporters ./devices cmake ninja
+	$(BIN)/pip install --quiet '.[dev]' ./exporters ./devices ./reports cmake ninja
 	touch $@
 
 # Reinstall the packages themselves, so that tests see what a user would get.
 install: $(VENV)/ready
-	$(BIN)/pip install --quiet --no-deps . ./exporters ./devices
+	$(BIN)/pip install --quiet --no-deps . ./exporters ./devices ./reports
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -100,7 +100,7 @@ bench: install
 
 # The wheels: the runtime's for devices, and those of the two rooms for workstations.
 build: $(VENV)/ready
-	$(BIN)/pip wheel --quiet --no-deps -w dist . ./exporters ./devices
+	$(BIN)/pip wheel --quiet --no-deps -w dist . ./exporters ./devices ./reports
 
 clean:
 	rm -rf build dist $(VENV) $(DEMO_VENV)

@@ -23,6 +23,7 @@ __all__ = ["main"]
 #: command -> (module that holds it as `command`, its line in `edgeml --help`)
 COMMANDS = {
     "bench": ("edgeml.commands.bench", "Measure latency, page traffic and memory, a row for each setting."),
+    "doctor": ("edgeml.commands.doctor", "Check this machine, and whether a model fits it and how fast it should be."),
     "eval": ("edgeml.commands.eval", "Scores on labelled data, task by task, alone or against a reference."),
     "inspect": ("edgeml.commands.inspect", "What is inside a bundle: stages, sites, tasks, bytes, evidence."),
     "routing": ("edgeml.commands.routing", "How predictable the choice of experts is, what a cache makes of it, and advice."),
@@ -35,6 +36,7 @@ GROUP = "edgeml.commands"
 ROOMS = {
     "device": ("devices", "Boards and phones: profiles, prediction, runs on a device."),
     "export": ("export", "Turn a torch model into a bundle."),
+    "report": ("report", "Records on one page: how fast, how large, how much worse, where, how sure."),
 }
 #: Optional dependency -> the extra that installs it.
 EXTRAS = {"onnx": "export", "safetensors": "export", "torch": "export"}

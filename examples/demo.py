@@ -1,11 +1,12 @@
-"""What edgeml does, shown in under two minutes: answers, less memory, and a mixture larger than the memory it gets.
+"""What edgeml does, shown in under two minutes: answers, less memory, a mixture larger than the memory it gets, and a report of it all.
 
 Run by `make demo`. Needs the runtime only (no torch). Bundles: `models/multitask-text.edgeml` of this repository where it is there, a
-made toy otherwise, and for the last part a mixture of 256 MiB written into a temporary directory and removed afterwards.
+made toy otherwise, and for the third part a mixture of 256 MiB written into a temporary directory and removed afterwards.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -33,6 +34,7 @@ except ImportError as missing:
     sys.exit(f"edgeml demo: the runtime is not installed here ({missing}); run `make demo`, or `pip install .` first")
 
 ROOT = Path(__file__).resolve().parents[1]
+REPORT = ROOT / "build" / "demo-report.html"
 MODEL = ROOT / "models" / "multitask-text.edgeml"
 WIDTH = 88
 BUDGETS = ("100%", "50%", "25%", "0%")
@@ -83,7 +85,7 @@ class Pass:
 
 
 def main() -> int:
-    """Show the three parts; returns the exit code."""
+    """Show the four parts; returns the exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that the temporary directory goes
     started = time.perf_counter()
     try:
@@ -92,6 +94,7 @@ def main() -> int:
             show_answers(path, questions)
             show_budgets(path, questions)
             show_paging(Path(place))
+            show_report(Path(place), path, questions[0][0])
         print(f"\nAll of this took {time.perf_counter() - started:.0f} s. Next: edgeml --help")
         return 0
     except KeyboardInterrupt:
@@ -219,7 +222,8 @@ def show_paging(place: Path) -> None:
     say(f"Written in {spent:.1f} s: {count}. {ROUNDS} answers to {TOKENS} random tokens each; hits, page-ins and reads are per answer.")
     print(f"\n{'memory':>7} {'weights':>12} {'hits':>8} {'page-ins':>9} {'read':>10} {'p50':>10} {'p95':>10} {'peak memory':>13}")
     records = []
-    for record in measure(path):
+    sizes = ["--memory", "100%,50%,25%", "--iterations", str(ROUNDS), "--warmup", str(WARMUP), "--cold", "0", "--tokens", str(TOKENS)]
+    for record in measure(path, next(iter(LARGE.tasks)), place / "paging.jsonl", *sizes):
         records.append(record)
         print(row(record), flush=True)
     if not records[-1]["direct_reads"]:
@@ -251,27 +255,33 @@ def advice(full: dict[str, Any], small: dict[str, Any]) -> str:
     return f"Do not page when the experts fit: {figures}. {instead}"
 
 
-def measure(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of `edgeml bench`, as each budget's process ends."""
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "edgeml.cli",
-        "bench",
-        str(path),
-        "--task",
-        next(iter(LARGE.tasks)),
-        "--output",
-        "jsonl",
-        "--quiet",
-    ]
-    command += ["--memory", "100%,50%,25%", "--iterations", str(ROUNDS), "--warmup", str(WARMUP), "--cold", "0", "--tokens", str(TOKENS)]
+def show_report(place: Path, path: Path, task: str) -> None:
+    """Part 4: the records of part 3 and some of the model on one page."""
+    title(4, "All of it on one page")
+    records = place / "records.jsonl"
+    for _ in measure(path, task, records, "--memory", "100%,50%,0%", "--residency", "exact,masked", "--iterations", "100"):
+        pass
+    files = [str(file) for file in (records, place / "paging.jsonl") if file.exists()]
+    REPORT.parent.mkdir(exist_ok=True)
+    for line in edgeml_lines("report", *files, "--output", str(REPORT), "--quiet"):
+        print(line)
+    say(f"Open {REPORT.relative_to(ROOT)} in a browser. `edgeml eval --records` would add what less memory costs in quality.")
+    if importlib.util.find_spec("matplotlib") is None:
+        say("Its tables have all figures; with `pip install matplotlib` beside edgeml it has plots too.")
+
+
+def measure(path: Path, task: str, records: Path, *options: str) -> Iterator[dict[str, Any]]:
+    """Records of `edgeml bench`, as each setting's process ends; they are added to a file too."""
+    arguments = ["bench", str(path), "--task", task, "--output", "jsonl", "--quiet", "--records", str(records), *options]
+    return map(json.loads, edgeml_lines(*arguments))
+
+
+def edgeml_lines(*arguments: str) -> Iterator[str]:
+    """What an edgeml command prints, line by line. Raises `DeviceError` with its last words where it fails."""
     with tempfile.TemporaryFile() as log:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
+        child = subprocess.Popen([sys.executable, "-P", "-m", "edgeml.cli", *arguments], stdout=subprocess.PIPE, stderr=log, text=True)
         try:
-            for line in child.stdout or ():
-                yield json.loads(line)
+            yield from child.stdout or ()
             code = child.wait()
         finally:
             child.terminate()
@@ -279,7 +289,7 @@ def measure(path: Path) -> Iterator[dict[str, Any]]:
         if code:
             log.seek(0)
             said = log.read()[-1000:].decode("utf-8", "replace").strip().splitlines()
-            raise DeviceError((said[-1] if said else f"the measurement ended with code {code}").removeprefix("edgeml: "))
+            raise DeviceError((said[-1] if said else f"edgeml {arguments[0]} ended with code {code}").removeprefix("edgeml: "))
 
 
 if __name__ == "__main__":

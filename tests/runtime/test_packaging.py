@@ -11,7 +11,7 @@ import edgeml
 from edgeml.cli import ROOMS, group
 from edgeml.errors import MissingExtra
 
-DISTRIBUTIONS = {"edgeml-runtime": "edgeml", "edgeml-export": "export", "edgeml-devices": "device"}
+DISTRIBUTIONS = {"edgeml-runtime": "edgeml", "edgeml-export": "export", "edgeml-devices": "device", "edgeml-report": "report"}
 
 
 @pytest.mark.parametrize(("name", "command"), DISTRIBUTIONS.items())
@@ -28,7 +28,7 @@ def test_every_entry_point_can_be_loaded(name: str, command: str) -> None:
 
 def test_versions_are_one() -> None:
     assert edgeml.__version__ == distribution("edgeml-runtime").version
-    for name in ("edgeml-export", "edgeml-devices"):
+    for name in DISTRIBUTIONS:
         try:
             assert distribution(name).version == edgeml.__version__
         except PackageNotFoundError:
@@ -38,7 +38,7 @@ def test_versions_are_one() -> None:
 def test_the_runtime_ships_no_other_room() -> None:
     files = distribution("edgeml-runtime").files or []
     assert files
-    assert not [file for file in files if file.parts[0] in ("edgeml_export", "edgeml_devices")]
+    assert not [file for file in files if file.parts[0] in ("edgeml_export", "edgeml_devices", "edgeml_report")]
 
 
 @pytest.mark.parametrize("name", ROOMS)

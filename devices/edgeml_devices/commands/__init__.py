@@ -1,0 +1,1 @@
+"""The subcommands of `edgeml device`, a module each."""
