@@ -36,6 +36,13 @@ always naming the commonest class of the training split. Median difference to th
 |---|---|---|---|---|---|---|---|
 """
 
+ROUTER = """## Requests that name no task
+
+A SCAR router (`examples/multitask_text/train_router.py`, trained on 4,000 rows a task) reads the embedded text and sends it to one of
+{groups} task groups, whose tasks answer; tasks that take the same inputs are one group. `benchmarks/routing/router.py` measures how many
+requests reach the right one, and what knowing only the group costs.
+"""
+
 
 def row(manifest: dict[str, Any], task: dict[str, Any]) -> str:
     found = manifest["evidence"]["tasks"][task["name"]]
@@ -70,6 +77,8 @@ def card(manifest: dict[str, Any]) -> str:
     lines.append("| **mean** | | | | | " + " | ".join(f"**{100 * mean:.1f}**" for mean in means) + " |")
     lines.append(f"\nMultiply-adds of a 64-token text without its head: {macs['bundle'] / 1e6:.0f} M, was {macs['reference'] / 1e6:.0f} M.")
     lines.append(f"Routers choose as in f32 for {evidence['router_agreement']:.1%} of the choices on training rows.\n")
+    if manifest.get("router") is not None:
+        lines.append(ROUTER.format(groups=len(manifest["router"]["groups"])))
     lines.append("## Data\n\n| task | licence |\n|---|---|")
     lines += [f"| {name} | {data['licence']} |" for name, data in manifest["provenance"]["data"].items()]
     return "\n".join(lines) + "\n"
