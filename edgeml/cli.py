@@ -23,6 +23,7 @@ __all__ = ["main"]
 #: command -> (module that holds it as `command`, its line in `edgeml --help`)
 COMMANDS = {
     "bench": ("edgeml.commands.bench", "Measure latency, page traffic and memory, a row for each setting."),
+    "diff": ("edgeml.commands.diff", "Which part of a bundle lost the quality that a reference has."),
     "doctor": ("edgeml.commands.doctor", "Check this machine, and whether a model fits it and how fast it should be."),
     "eval": ("edgeml.commands.eval", "Scores on labelled data, task by task, alone or against a reference."),
     "inspect": ("edgeml.commands.inspect", "What is inside a bundle: stages, sites, tasks, bytes, evidence."),
