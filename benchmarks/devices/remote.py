@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """What it costs to ask another machine: a request through the worker, and the start of a measurement, over ssh on the loopback interface.
 
-    devices/remote.py [--model FILE] [--task TASK] [--requests 200] [--starts 9]
+    devices/remote.py [--model FILE] [--task TASK] [--requests 200] [--starts 30]
 
 - A remote request adds at most 5 ms: `edgeml device serve-stdin --to` against `edgeml serve-stdin`, both started once and asked in turn,
   from writing a line to reading its answer; the median of the differences of pairs.
-- A remote `edgeml device bench` adds at most 2 s: the whole of it against the whole of `edgeml bench`, in turn, one round each, with the
+- A remote `edgeml device bench` adds at most 2 s: the whole of it against the whole of `edgeml bench`, in turn, 20 rounds each, with the
   bundle there already; the median of the differences. What `ssh HOST true` takes alone is among the figures.
 - A remote bench measures there: its p50 against that of a local one is among the figures, as nothing of the way is in it.
 
@@ -107,10 +107,11 @@ def requests(model: Path, task: str, count: int, where: list[str]) -> tuple[list
 
 def starts(model: Path, task: str, count: int, where: list[str], ssh: list[str], folder: Path) -> tuple[list[Verdict], dict[str, Any]]:
     """Whole processes in turn: `edgeml bench` here, there, and ssh alone; the first of each is left out."""
-    asked = ["--task", task, "--iterations", "1", "--warmup", "0", "--cold", "0", "--threads", "1", "--quiet"]
+    asked = ["--task", task, "--iterations", "20", "--warmup", "3", "--cold", "0", "--threads", "1", "--quiet", "--records"]
+    files = {name: folder / f"{name}.jsonl" for name in ("bench_local", "bench_remote")}
     lines = {
-        "bench_local": command("bench", str(model), *asked),
-        "bench_remote": command("device", "bench", str(model), *asked, *where),
+        "bench_local": [*command("bench", str(model), *asked), str(files["bench_local"])],
+        "bench_remote": [*command("device", "bench", str(model), *asked), str(files["bench_remote"]), *where],
         "ssh_true": [*ssh, "true"],
     }
     taken: dict[str, list[float]] = {name: [] for name in lines}
@@ -126,14 +127,8 @@ def starts(model: Path, task: str, count: int, where: list[str], ssh: list[str],
         tick(1)
     added = median([far - near for far, near in zip(taken["bench_remote"], taken["bench_local"], strict=True)])
     bound = verdict("a remote bench adds, s", f"<= {START_S}", added.value, added.value <= START_S, added)
-    figures: dict[str, Any] = {name: shown(values) for name, values in taken.items()}
-    measured = {}
-    for name in ("bench_local", "bench_remote"):
-        file = folder / f"{name}.jsonl"
-        longer = ["100" if before == "--iterations" else part for before, part in zip(["", *lines[name]], lines[name], strict=False)]
-        subprocess.run([*longer, "--records", str(file)], check=True, capture_output=True)
-        measured[name] = read(file)[0]["latency_s"]["p50"]
-    return [bound], figures | {"p50_s_as_recorded": measured}
+    measured = {name: shown([record["latency_s"]["p50"] for record in read(file)]) for name, file in files.items()}
+    return [bound], {name: shown(values) for name, values in taken.items()} | {"p50_as_recorded": measured}
 
 
 def main() -> int:
@@ -142,7 +137,7 @@ def main() -> int:
     options.add_argument("--model", type=Path, default=MODEL)
     options.add_argument("--task", default="banking77")
     options.add_argument("--requests", type=int, default=200)
-    options.add_argument("--starts", type=int, default=9)
+    options.add_argument("--starts", type=int, default=30)
     given = options.parse_args()
     if why := sshd.missing():
         raise DeviceError(f"this benchmark {why}")

@@ -21,7 +21,7 @@ import click
 
 import edgeml
 from edgeml.bundle import Bundle
-from edgeml.commands._options import Function, json_option, printable, progress, quiet_option, records_option
+from edgeml.commands._options import Function, json_option, notes, printable, progress, quiet_option, records_option
 from edgeml.errors import DeviceError, EdgemlError, UsageError
 from edgeml.records import append
 from edgeml.sizes import format_bytes
@@ -80,17 +80,21 @@ def push(
     """
     if verify and bundle is None:
         raise UsageError("--verify is about a bundle: name it")
-    far, speaker = _machines(places, remote_python, remote_dir), Speaker(len(places) > 1)
+    far, speaker = _machines(places, remote_python, remote_dir, install is not None), Speaker(len(places) > 1)
     with Bundle.open(bundle) if bundle is not None else nullcontext() as opened:
 
         def work(remote: Remote, outcome: Outcome) -> int:
             _prepare(remote, outcome, install, speaker, quiet)
-            if opened is None:
+            if opened is not None:
+                outcome.copied = _copy(remote, opened, True, speaker, quiet)
+            try:
+                remote.check()
+            except DeviceError as error:
+                if verify:
+                    raise
+                notes([str(error)], quiet)
+            if opened is None or not verify:
                 return 0
-            outcome.copied = _copy(remote, opened, True, speaker, quiet)
-            if not verify:
-                return 0
-            remote.check()
             remote.place(opened, opened.path.name)
             return remote.command(["verify", opened.path.name, "--json"], lambda _: None, speaker.err(remote.name))
 
@@ -111,7 +115,7 @@ def clean(places: tuple[str, ...], remote_python: str | None, remote_dir: str | 
         outcome.document = {"removed_bytes": remote.clean()}
         return 0
 
-    outcomes = on_all(_machines(places, remote_python or "python3", remote_dir), work)
+    outcomes = on_all(_machines(places, remote_python, remote_dir), work)
     done = [one for one in outcomes if one.document is not None]
     return _told(outcomes, as_json, lambda: [f"{one.to}: removed {format_bytes((one.document or {})['removed_bytes'])}" for one in done])
 
@@ -128,7 +132,7 @@ def _verb(name: str, says: str, example: str) -> click.Command:
     @quiet_option
     @json_option
     def command(places: tuple[str, ...], remote_python: str | None, remote_dir: str | None, **options: Any) -> int:
-        return deliver(name, far=_machines(places, remote_python, remote_dir), **options)
+        return deliver(name, far=_machines(places, remote_python, remote_dir, options["install"] is not None), **options)
 
     return command
 
@@ -202,7 +206,7 @@ def deliver(
         bundles = [(stack.enter_context(Bundle.open(source)), place) for source, place in packed.bundles]
         job = _Job(packed, bundles, install, keep, records_file, quiet, shown, Speaker(several))
         outcomes = on_all(far, job.work)
-    return _told(outcomes, as_json, lambda: () if shown else table(verb, outcomes))
+    return _told(outcomes, as_json and packed.json, lambda: () if shown else table(verb, outcomes))
 
 
 class _Job:
@@ -263,10 +267,10 @@ class _Job:
         return code
 
 
-def _machines(places: Sequence[str], python: str | None, folder: str | None) -> list[Remote]:
+def _machines(places: Sequence[str], python: str | None, folder: str | None, own_first: bool = False) -> list[Remote]:
     if len(set(places)) < len(places):
         raise UsageError("a machine is named twice with --to")
-    return [Remote(connect(place), python, folder) for place in places]
+    return [Remote(connect(place), python, folder, own_first) for place in places]
 
 
 def _prepare(remote: Remote, outcome: Outcome, install: Path | None, speaker: Speaker, quiet: bool) -> None:
