@@ -2,7 +2,8 @@
 
 Glossary: an iteration (a round) is one call; warm-up rounds are run first and left out; a cold round begins without any
 pageable page in memory. Percentiles are nearest-rank, so every figure printed is one that was measured; p99 is null below
-100 rounds. Peak memory is the process's largest resident set, weights and interpreter together.
+100 rounds. Their 95 % intervals are two measured values too, found by rank, whatever the distribution; they take rounds for independent,
+and know nothing of what would be different tomorrow. Peak memory is the process's largest resident set, weights and interpreter together.
 """
 
 from __future__ import annotations
@@ -13,12 +14,17 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, Protocol
 
-__all__ = ["SCHEMA", "Counted", "Phase", "Timing", "environment", "peak_rss_bytes", "percentile", "record", "rss_bytes", "time_rounds"]
+__all__ = [
+    "SCHEMA", "Counted", "Phase", "Timing", "environment", "peak_rss_bytes", "percentile", "percentile_interval", "record", "rss_bytes",
+    "spread", "time_more", "time_rounds", "watched",
+]  # fmt: skip
 
 SCHEMA = 2
 P99_AT_LEAST = 100
@@ -74,6 +80,40 @@ def percentile(values: Sequence[float], share: float) -> float | None:
     return sorted(values)[max(math.ceil(share * len(values)) - 1, 0)]
 
 
+def percentile_interval(values: Sequence[float], share: float) -> dict[str, float | int | None] | None:
+    """The 95 % interval of a percentile, None of nothing; `low` or `high` is null where so few values cannot bound it.
+
+    Of n independent values, binomially many lie below the true percentile: P(x[l] <= q <= x[u]) = P(l <= B(n, share) < u) for ordered x,
+    counted from 1. The ranks leave at most 2.5 % on each side.
+    """
+    if not values:
+        return None
+    n, ordered = len(values), sorted(values)
+    low, high = _ranks(n, share)
+    return {
+        "value": percentile(ordered, share),
+        "low": ordered[low - 1] if low >= 1 else None,
+        "high": ordered[high - 1] if high <= n else None,
+        "n": n,
+    }
+
+
+def _ranks(n: int, share: float) -> tuple[int, int]:
+    """The largest l with P(B < l) <= 2.5 %, and the smallest u with P(B >= u) <= 2.5 %; beyond 2,000 values by the normal law."""
+    if n > 2000:
+        half = NormalDist().inv_cdf(0.975) * math.sqrt(n * share * (1 - share))
+        return math.floor(n * share - half), math.ceil(n * share + half) + 1
+    below, low, high = 0.0, 0, n + 1
+    for k in range(n + 1):  # `below` is P(B < k)
+        low = k if below <= 0.025 else low
+        if below >= 0.975:
+            high = k
+            break
+        choose = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+        below += math.exp(choose + k * math.log(share) + (n - k) * math.log1p(-share))
+    return low, high
+
+
 def time_rounds(
     call: Callable[[int], Counted],
     make_cold: Callable[[], None],
@@ -83,20 +123,36 @@ def time_rounds(
     tick: Callable[[], None] = lambda: None,
 ) -> Timing:
     """Call `call(i)` cold, then to warm up, then `iterations` times. `call` returns its counters; `tick` is called after each round."""
-    timing, before = Timing(), _throttle_events()
-    for index in range(cold):
-        make_cold()
-        timing.cold.add(*_timed(call, index))
-        tick()
-    for index in range(warmup):
-        call(index)
-        tick()
-    for index in range(iterations):
+    timing = Timing()
+    with watched(timing):
+        for index in range(cold):
+            make_cold()
+            timing.cold.add(*_timed(call, index))
+            tick()
+        for index in range(warmup):
+            call(index)
+            tick()
+        time_more(timing, call, range(iterations), tick)
+    return timing
+
+
+def time_more(
+    timing: Timing, call: Callable[[int], Counted], rounds: Sequence[int], tick: Callable[[], None] = lambda: None
+) -> list[float]:
+    """Call `call(i)` for these i and count it as warm; returns their latencies."""
+    for index in rounds:
         timing.warm.add(*_timed(call, index))
         tick()
+    return timing.warm.latency_s[len(timing.warm.latency_s) - len(rounds) :]
+
+
+@contextmanager
+def watched(timing: Timing) -> Iterator[None]:
+    """Have `timing` know whether the processor slows itself down meanwhile."""
+    before = _throttle_events()
+    yield
     after = _throttle_events()
-    timing.throttled = None if before is None or after is None else after > before
-    return timing
+    timing.throttled = None if before is None or after is None else bool(timing.throttled) or after > before
 
 
 def _timed(call: Callable[[int], Counted], index: int) -> tuple[float, Counted]:
@@ -105,8 +161,11 @@ def _timed(call: Callable[[int], Counted], index: int) -> tuple[float, Counted]:
     return time.perf_counter() - started, counters
 
 
-def record(timing: Timing, settings: Mapping[str, Any], kind: str = "run") -> dict[str, Any]:
-    """One record: the settings, the environment, and the figures of a timing. Unmeasured figures are null."""
+def record(timing: Timing, settings: Mapping[str, Any], kind: str = "run", bundle: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """One record: the settings, the environment, and the figures of a timing. Unmeasured figures are null.
+
+    `bundle`: the file whose disk the environment is to name.
+    """
     warm, cold = timing.warm, timing.cold
     seconds = sum(warm.latency_s)
     return {
@@ -114,14 +173,15 @@ def record(timing: Timing, settings: Mapping[str, Any], kind: str = "run") -> di
         "kind": kind,
         **settings,
         "rounds": len(warm.latency_s),
-        "latency_s": _spread(warm.latency_s),
+        "latency_s": spread(warm.latency_s),
         "tokens_per_s": warm.tokens / seconds if seconds and warm.tokens else None,
         **_quality(warm, settings.get("masked_retention")),
         **_costs(warm),
-        "cold": {"rounds": len(cold.latency_s), "latency_s": _spread(cold.latency_s), **_costs(cold)} if cold.latency_s else None,
+        "cold": {"rounds": len(cold.latency_s), "latency_s": spread(cold.latency_s), **_costs(cold)} if cold.latency_s else None,
         "peak_rss_bytes": peak_rss_bytes(),
         "throttled": timing.throttled,
-        "device": environment(),
+        "load_average": os.getloadavg()[0],
+        "device": environment(bundle),
     }
 
 
@@ -133,14 +193,15 @@ def _quality(phase: Phase, masked_retention: float | None) -> dict[str, float | 
     return {"masked_share": share, "expected_retention": 1 - share * (1 - masked_retention)}
 
 
-def _spread(values: Sequence[float]) -> dict[str, float | None]:
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Percentiles and, under names that end in `_interval`, their 95 % intervals, as a record has them."""
+    shares = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
+    known = {name: () if name == "p99" and len(values) < P99_AT_LEAST else values for name in shares}
     return {
         "min": min(values, default=None),
-        "p50": percentile(values, 0.5),
-        "p90": percentile(values, 0.9),
-        "p95": percentile(values, 0.95),
-        "p99": percentile(values, 0.99) if len(values) >= P99_AT_LEAST else None,
+        **{name: percentile(known[name], share) for name, share in shares.items()},
         "max": max(values, default=None),
+        **{f"{name}_interval": percentile_interval(known[name], share) for name, share in shares.items()},
     }
 
 
@@ -172,8 +233,8 @@ def _status_bytes(key: str) -> int | None:
     return None
 
 
-def environment() -> dict[str, Any]:
-    """The machine, as far as it tells: nothing here is guessed."""
+def environment(bundle: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """The machine, as far as it tells: nothing here is guessed. `disk` is the one that holds `bundle`."""
     models = [line.split(":", 1)[1].strip() for line in _text("/proc/cpuinfo").splitlines() if line.startswith(("model name", "Model"))]
     return {
         "cpu": models[0] if models else None,
@@ -182,8 +243,33 @@ def environment() -> dict[str, Any]:
         "processors": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "kernel": platform.release(),
+        "governor": _text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip() or None,
+        "disk": None if bundle is None else _disk(bundle),
         "python": platform.python_version(),
+        "numpy": _version("numpy"),
         "onnxruntime": _version("onnxruntime"),
+    }
+
+
+def _disk(file: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The disk that a file lies on: its device, file system, model, and whether it turns; None where the system does not say."""
+    try:
+        number = os.stat(file).st_dev
+    except OSError:
+        return None
+    where = f"{os.major(number)}:{os.minor(number)}"
+    mounts = [line.split(" - ", 1) for line in _text("/proc/self/mountinfo").splitlines()]
+    kinds = [parts[1].split() for parts in mounts if len(parts) == 2 and parts[0].split()[2] == where]
+    if not kinds:
+        return None
+    block = Path(f"/sys/dev/block/{where}").resolve()
+    whole = block if (block / "queue").is_dir() else block.parent  # of a partition
+    turns = _text(str(whole / "queue/rotational")).strip()
+    return {
+        "device": os.path.basename(kinds[0][1]),
+        "filesystem": kinds[0][0],
+        "model": _text(str(whole / "device/model")).strip() or None,
+        "rotational": turns == "1" if turns else None,
     }
 
 

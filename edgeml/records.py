@@ -80,7 +80,7 @@ def _checked(line: bytes, where: str) -> Record:
         raise DataError(f"{where}: not a record ({error}); take the line out, or measure again") from None
     schema, kind = record.get("schema"), record.get("kind")
     if schema != SCHEMA or isinstance(schema, bool):
-        raise DataError(f"{where}: a record of schema {str(schema):.20}, and this edgeml reads {SCHEMA}; measure again")
+        raise DataError(f"{where}: a record of schema {schema!s:.20}, and this edgeml reads {SCHEMA}; measure again")
     if kind not in KINDS:
-        raise DataError(f"{where}: a record of no kind that is known ({str(kind):.40}); known are {', '.join(KINDS)}")
+        raise DataError(f"{where}: a record of no kind that is known ({kind!s:.40}); known are {', '.join(KINDS)}")
     return record

@@ -1,34 +1,24 @@
-"""`edgeml bench`: how fast a bundle answers and what it costs, for every combination of the settings asked for."""
+"""`edgeml bench`: how fast a bundle answers and what it costs, for every combination of the settings asked for; and whether that is slower
+than another bundle, other settings, or an earlier record."""
 
 from __future__ import annotations
 
-import itertools
-import json
-import os
-import signal
-import subprocess
-import sys
-import tempfile
+import re
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import click
 
-from edgeml.bundle import Bundle
 from edgeml.commands import _records
-from edgeml.commands._inputs import choose_tasks, given_rows, on_images
+from edgeml.commands._bench_child import Worker
+from edgeml.commands._bench_compare import Other, against_records, names_of, parse_other, sentence, take_turns
+from edgeml.commands._bench_job import DEFAULT_ROUNDS, DEFAULT_TOKENS, DEFAULT_WARMUP, combinations_of, job_of, their_job
 from edgeml.commands._options import bundle_argument, json_option, notes, progress, quiet_option, records_option, variant_options
-from edgeml.errors import DeviceError, EdgemlError, UsageError
-from edgeml.image import read_image
-from edgeml.manifest import ImagePreprocess, Manifest, Task, load_manifest
-from edgeml.records import append
-from edgeml.session import RESIDENCIES
-from edgeml.store import plan_budget, resolve_threads
-from edgeml.variants import Wish, choose_variant
-
-DEFAULT_TOKENS = 32
+from edgeml.compare import FEWEST_PAIRS, Comparison
+from edgeml.errors import QualityRefused, UsageError
+from edgeml.measure import P99_AT_LEAST
+from edgeml.records import Record, append
 
 
 @click.command("bench")
@@ -39,191 +29,145 @@ DEFAULT_TOKENS = 32
 @click.option("--input", "source", help="A file of JSON lines with text (and text_pair); - is standard input.")
 @click.option("--tokens", type=click.IntRange(1), help=f"Random inputs of this many tokens instead of texts (default: {DEFAULT_TOKENS}).")
 @click.option("--image", "images", multiple=True, help="A PNG or JPEG for tasks on images, instead of a random one; may be repeated.")
+@click.option("--workload", type=click.Path(), metavar="FILE.toml", help="Requests of several tasks that overlap, as a file says (above).")
 @variant_options
-@click.option("--iterations", type=click.IntRange(1), default=30, show_default=True, help="Rounds that are measured, one input each.")
-@click.option("--warmup", type=click.IntRange(0), default=3, show_default=True, help="Rounds before them, left out.")
+@click.option("--iterations", type=click.IntRange(1), help=f"Rounds that are measured, one input each (default: {DEFAULT_ROUNDS}).")
+@click.option("--warmup", type=click.IntRange(0), help=f"Rounds before them, left out (default: {DEFAULT_WARMUP}).")
 @click.option("--cold", type=click.IntRange(0), default=3, show_default=True, help="Rounds that begin without any expert in memory.")
 @click.option("--threads", help="Threads, or a list: 1,2.")
 @click.option("--memory", help="Memory for weights, or a list: 25%,50%,100%.")
 @click.option("--residency", default="exact", show_default=True, help="exact, masked, or both: exact,masked.")
+@click.option(
+    "--compare",
+    metavar="BUNDLE[,KEY=VALUE]...|RECORDS",
+    help="Exit with 1 if it is surely slower than this bundle, measured in turns (the same bundle under another memory, residency, "
+    "threads or variant will do); or than the records that an earlier --records wrote.",
+)
+@click.option("--max-slowdown", default="0%", metavar="PERCENT", show_default=True, help="What --compare lets pass.")
+@click.option("--seconds", type=click.FloatRange(0), default=120, show_default=True, help="When --compare gives up on a noisy machine.")
 @click.option("-o", "--output", type=click.Choice(_records.FORMATS), default="md", show_default=True, help="How the records are printed.")
 @records_option
 @quiet_option
 @json_option
-def command(
-    bundle: str,
-    task: str | None,
-    texts: tuple[str, ...],
-    text_pairs: tuple[str, ...],
-    source: str | None,
-    tokens: int | None,
-    images: tuple[str, ...],
-    iterations: int,
-    warmup: int,
-    cold: int,
-    threads: str | None,
-    memory: str | None,
-    residency: str,
-    output: str,
-    records_file: Path | None,
-    quiet: bool,
-    as_json: bool,
-    **variant: Any,
-) -> None:
+def command(bundle: str, output: str, records_file: Path | None, quiet: bool, as_json: bool, **options: Any) -> None:
     """Measure latency, page traffic and memory: each combination of settings in a process of its own.
 
     A list (--memory, --threads, --residency, --variant) makes a row for each of its values.
 
+    \b
     Example: edgeml bench model.edgeml --task banking77 --memory 25%,50%,100% --threads 1,2
+      edgeml bench new.edgeml --task banking77 --compare old.edgeml --max-slowdown 5%
+      edgeml bench model.edgeml --task banking77 --compare earlier.jsonl
+      edgeml bench model.edgeml --workload mixed.toml
+
+    \b
+    mixed.toml, whose latencies count from when a request was meant to come:
+      seed = 7
+      requests = 200
+      [arrival]
+      kind = "poisson"    # or "bursts", with burst = 8; or "closed", with concurrency = 4
+      rate_per_s = 20
+      [[mix]]
+      task = "banking77"
+      weight = 3
+      input = "questions.jsonl"
+      [[mix]]
+      task = "snips"
+      tokens = {distribution = "lognormal", median = 24, sigma = 0.6, least = 4, most = 128}
     """
-    kind = "json" if as_json else output
-    settings: dict[str, list[Any]] = {"memory": _list(memory), "threads": _threads(threads), "residency": _residencies(residency)}
-    settings["variant"] = _list(variant.pop("variant"))
-    combinations = [dict(zip(settings, values, strict=True)) for values in itertools.product(*settings.values())]
-    with Bundle.open(bundle) as opened:
-        manifest = load_manifest(opened)
-        chosen = choose_tasks(manifest, task, bundle, bool(images))
+    out = _Out("json" if as_json else output, records_file)
+    allowed = _share(options["max_slowdown"])
+    other = None if options["compare"] is None else parse_other(options["compare"])
+    if other is None and allowed:
+        raise UsageError("--max-slowdown goes with --compare, which says what it is to be no slower than")
+    combinations = combinations_of(options)
+    job = job_of(bundle, options, combinations)
+    theirs = None if other is None or other.records else their_job(job, other, combinations)
+    rounds = FEWEST_PAIRS if theirs is not None else job["iterations"] + job["warmup"] + job["cold"]
+    with progress(rounds * len(combinations), "measuring", quiet) as step:
         for combination in combinations:
-            _check(opened, manifest, combination | variant)
-    if on_images(chosen[0]):
-        cold = 0  # nothing is paged
-    rounds = max(iterations, warmup, cold)
-    names = ",".join(one.name for one in chosen)
-    job: dict[str, Any] = {"bundle": os.path.abspath(bundle), "task": names, "iterations": iterations, "warmup": warmup, "cold": cold}
-    job["limits"] = variant
-    if isinstance(chosen[0].preprocess, ImagePreprocess):
-        if texts or text_pairs or source is not None or tokens is not None:
-            raise UsageError(f"task '{chosen[0].name}' takes images: give --image FILE, or nothing for a random one")
-        job["workload"] = _image_workload(chosen[0].preprocess, images)
-    else:
-        job["workload"] = _workload(chosen[0], texts, text_pairs, source, tokens, rounds)
-    records: list[dict[str, Any]] = []
-    with progress((iterations + warmup + cold) * len(combinations), "measuring", quiet) as step:
-        for combination in combinations:
-            records.append(_run_worker(job | combination, step))
-            if records_file is not None:
-                append(records_file, records[-1])
-            if kind != "json":
-                _print(kind, records)
-    if kind == "json":
-        click.echo(_records.document(records))
-    notes(list(dict.fromkeys(f"{record['memory']}: {note}" for record in records for note in record["notes"])), quiet)
+            ours = job | combination
+            out.about = ", ".join(f"{key} {value}" for key, value in combination.items() if any(c[key] != value for c in combinations))
+            if other is None:
+                out.keep(_run_worker(ours, step))
+            elif theirs is None:
+                _against_records(ours, other, allowed, step, out)
+            else:
+                _in_turns(ours, ours | theirs, other, allowed, options["seconds"], step, out)
+    out.close(quiet)
 
 
-def _print(kind: str, records: list[dict[str, Any]]) -> None:
-    parts = [_records.head(kind, records[0]) if len(records) == 1 else None, _records.row(kind, records[-1])]
-    for part in parts:
-        if part is not None:
-            click.echo(part)
+class _Out:
+    """Takes records and sentences as they come, and prints and keeps them."""
+
+    def __init__(self, kind: str, file: Path | None) -> None:
+        self._kind, self._file = kind, file
+        self._records: list[Record] = []
+        self._said: list[str] = []
+        self._refused: list[str] = []
+        self.changed: list[str] = []
+        self.about = ""  # which of several combinations comes now
+
+    def keep(self, record: Record) -> None:
+        """A record: the next row."""
+        self._records.append(record)
+        if self._file is not None:
+            append(self._file, record)
+        head = _records.head(self._kind, record) if len(self._records) == 1 else None
+        for part in (head, _records.row(self._kind, record, self._records[0])):
+            if part is not None:
+                click.echo(part)
+
+    def judge(self, found: Comparison, ours: str, theirs: str, what: str) -> None:
+        """What a comparison came to."""
+        self._said.append((f"{self.about}: " if self.about else "") + sentence(found, ours, theirs, what))
+        self._refused += self._said[-1:] if found.refused else []
+
+    def close(self, quiet: bool) -> None:
+        """What comes after the last row. Raises `QualityRefused` for what is slower than is allowed."""
+        if self._kind == "json":
+            click.echo(_records.document(self._records))
+        if self._kind == "md" and self._said:
+            click.echo("\n" + "\n".join(self._said))
+        about = [f"{record['memory']}: {note}" for record in self._records for note in record["notes"]]
+        few = sorted({record["rounds"] for record in self._records if record["rounds"] < P99_AT_LEAST})
+        left_out = [f"p99 is left out: it takes {P99_AT_LEAST} rounds, and there were {few[0]}; see --iterations"] if few else []
+        notes(list(dict.fromkeys([*about, *self.changed, *left_out])), quiet)
+        if self._refused:
+            raise QualityRefused("; ".join(self._refused))
 
 
-def _list(text: str | None) -> list[str | None]:
-    if text is None:
-        return [None]
-    values = [value.strip() for value in text.split(",")]
-    if not all(values):
-        raise UsageError(f"'{text}' is not a list: separate its values by single commas")
-    return list(values)
+def _in_turns(
+    ours: dict[str, Any], theirs: dict[str, Any], other: Other, allowed: float, seconds: float, step: Callable[[int], None], out: _Out
+) -> None:
+    jobs = [ours | {"turns": True}, theirs | {"turns": True}]
+    found, (first, second) = take_turns(jobs, allowed, seconds, ours["iterations"], lambda: step(1))
+    known = {key: second[key] for key in ("bundle", "bundle_id", "memory", "residency", "threads", "variant")}
+    out.keep(first | {"arm": "A", "compare": {"how": "turns", "with": known, **found.as_json()}})
+    out.keep(second | {"arm": "B", "compare": None})
+    out.judge(found, *names_of(ours, theirs, other.settings), "pairs of turns")
 
 
-def _threads(text: str | None) -> list[int | None]:
-    values = _list(text)
-    for value in values:
-        if value is not None and not (value.isascii() and value.isdigit()):
-            raise UsageError(f"--threads takes a number or a list such as 1,2, not {text!r:.40}")
-    return [None if value is None else resolve_threads(int(value[:6])) for value in values]
-
-
-def _residencies(text: str) -> list[str]:
-    values = [value or "" for value in _list(text)]
-    for value in values:
-        if value not in RESIDENCIES:
-            raise UsageError(f"residency must be one of {', '.join(RESIDENCIES)}, not '{value}'")
-    return values
-
-
-def _check(bundle: Bundle, manifest: Manifest, combination: dict[str, Any]) -> None:
-    """Refuse a budget below the floor now, and not after the minutes that the rows before it take."""
-    limits = {key: combination[key] for key in ("variant", "max_latency", "max_bytes", "min_score")}
-    choose_variant(manifest, Wish(**limits), str(bundle.path))
-    plan_budget(bundle, manifest, combination["memory"], resolve_threads(combination["threads"]))
-
-
-def _workload(
-    task: Task, texts: tuple[str, ...], text_pairs: tuple[str, ...], source: str | None, tokens: int | None, rounds: int
-) -> dict[str, Any]:
-    if texts or source is not None:
-        if tokens is not None:
-            raise UsageError("give texts or --tokens, not both")
-        rows = [[row.text, row.pair] for row in islice(given_rows(task, texts, text_pairs, source), rounds)]
-        if not rows:
-            raise UsageError(f"{source} holds no rows to measure with")
-        return {"kind": "texts", "rows": len(rows), "texts": rows}
-    assert not isinstance(task.preprocess, ImagePreprocess)
-    limit = task.preprocess.max_tokens
-    if tokens is not None and tokens > limit:
-        raise UsageError(f"task '{task.name}' reads at most {limit} tokens, not {tokens}")
-    return {"kind": "random", "tokens": tokens or min(DEFAULT_TOKENS, limit)}
-
-
-def _image_workload(preprocess: ImagePreprocess, images: tuple[str, ...]) -> dict[str, Any]:
-    """Pictures, read again in each round as a user's would be; or random ones of the model's own size."""
-    if not images:
-        return {"kind": "random image", "height": preprocess.height, "width": preprocess.width, "channels": preprocess.channels}
-    for path in images:
-        read_image(path)  # a bad one is told now, and not after other rows
-    return {"kind": "images", "rows": len(images), "paths": [os.path.abspath(path) for path in images]}
-
-
-def _run_worker(job: dict[str, Any], step: Callable[[int], None]) -> dict[str, Any]:
-    """Run one job in a child process and return its record. Raises the child's error."""
-    home = str(Path(__file__).parents[2])
-    paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [sys.executable, "-P", "-m", "edgeml.commands.bench_worker"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    with (
-        tempfile.TemporaryFile() as log,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment) as child,
-    ):
-        try:
-            done = _converse(child, job, step)
-            child.wait()
-        finally:
-            child.kill()
-            child.wait()
-        if done is None:
-            log.seek(0)
-            raise DeviceError(_ended(job, child.returncode, log.read()[-4000:].decode("utf-8", "replace")))
-    if "error" in done:
-        error = EdgemlError(done["error"])
-        error.exit_code = int(done["exit_code"])
-        raise error
-    record: dict[str, Any] = done["record"]
-    return record
-
-
-def _converse(child: subprocess.Popen[bytes], job: dict[str, Any], step: Callable[[int], None]) -> dict[str, Any] | None:
-    """Hand over the job and follow it; None when the child ends without a last word."""
-    if child.stdin is None or child.stdout is None:
-        return None
+def _against_records(ours: dict[str, Any], other: Other, allowed: float, step: Callable[[int], None], out: _Out) -> None:
+    record = _run_worker(ours, step)
     try:
-        with child.stdin as sink:
-            sink.write(json.dumps(job).encode())
-    except BrokenPipeError:
-        return None
-    for line in child.stdout:
-        message: dict[str, Any] = json.loads(line)
-        if "tick" not in message:
-            return message
-        step(message["tick"])
-    return None
+        found, changed = against_records(record, other, allowed)
+    except UsageError:
+        out.keep(record)  # measured is measured
+        raise
+    where = Path(other.path).name
+    out.keep(record | {"arm": "A", "compare": {"how": "records", "with": {"records": where}, **found.as_json()}})
+    out.judge(found, record["bundle"], f"in {where}", "earlier record" + "s" * (found.n > 1))
+    out.changed += changed
 
 
-def _ended(job: dict[str, Any], code: int, log: str) -> str:
-    what = f"the measurement with memory {job['memory'] or 'auto'} and residency {job['residency']}"
-    if code == -signal.SIGKILL:
-        return f"{what} was killed, most likely because the machine ran out of memory; try a smaller --memory"
-    if code < 0:
-        return f"{what} crashed ({signal.Signals(-code).name})"
-    said = log.strip().splitlines()
-    return f"{what} failed" + (f": {said[-1][:300]}" if said else "")
+def _share(text: str) -> float:
+    if not re.fullmatch(r"\s*[0-9]{1,4}(\.[0-9]{1,6})?\s*%\s*", text):
+        raise UsageError(f"--max-slowdown is a percentage such as 5%, not {text!r:.40}")
+    return float(text.strip().rstrip("% ")) / 100
+
+
+def _run_worker(job: dict[str, Any], step: Callable[[int], None]) -> Record:
+    """Run one job in a child process and return its record. Raises the child's error."""
+    with Worker(job, step) as worker:
+        return worker.record()

@@ -120,7 +120,8 @@ def _answer(
 
 def _mean(tasks: Sequence[TaskData], rows: Mapping[str, list[Row]], answers: Answers) -> float:
     """Mean score over the tasks."""
-    scores = [score(task.metric, [row.label for row in rows[task.name]], answers[task.name].argmax(-1)) for task in tasks]
+    labels = {name: np.array([row.label for row in asked], np.int64) for name, asked in rows.items()}
+    scores = [score(task.metric, labels[task.name], answers[task.name].argmax(-1)) for task in tasks]
     return float(np.mean(scores))
 
 

@@ -16,13 +16,12 @@ from urllib.parse import urlparse
 
 import pytest
 import reported
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
 from edgeml_report import document, plots, to_csv, to_html, to_markdown
 from edgeml_report.content import Plot, Table
 from edgeml_report.runs import frontier, labels
 from edgeml_report.text import clean, count, interval, listed, mib, milliseconds, number, percent, points
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 HOSTILE = (

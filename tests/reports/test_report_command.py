@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import reported
+from edgeml_report import plots
 
 from edgeml.cli import main
 from edgeml.records import append
-from edgeml_report import plots
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from pathlib import Path
 import chromium
 import pytest
 import reported
-
 from edgeml_report import document, plots, to_html
 
 pytestmark = pytest.mark.skipif(chromium.BROWSER is None, reason=f"needs one of {', '.join(chromium.NAMES)}")

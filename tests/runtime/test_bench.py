@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ import edgeml
 from edgeml.cli import main
 from edgeml.commands import bench
 from edgeml.commands._records import flatten, head, row
-from edgeml.measure import Timing, environment, peak_rss_bytes, percentile, record, rss_bytes, time_rounds
+from edgeml.measure import Timing, environment, peak_rss_bytes, percentile, percentile_interval, record, rss_bytes, spread, time_rounds
 
 Capture = pytest.CaptureFixture[str]
 QUICK = ["--iterations", "4", "--warmup", "1", "--cold", "2"]
@@ -221,6 +222,44 @@ def test_percentiles_are_measured_values() -> None:
     assert [percentile(values, share) for share in (0.5, 0.9, 0.95, 0.99, 1)] == [50, 90, 95, 99, 100]
     assert percentile([3.0], 0.5) == percentile([3.0], 0.99) == 3
     assert percentile([], 0.5) is None
+
+
+@pytest.mark.parametrize(("n", "share"), [(5, 0.5), (6, 0.5), (30, 0.5), (30, 0.9), (100, 0.95), (300, 0.99), (500, 0.99), (2500, 0.5)])
+def test_an_interval_of_a_percentile_misses_it_in_5_of_100_at_most(n: int, share: float) -> None:
+    """Against the binomial law in plain sums: how many of n values lie below the true percentile."""
+    chances = [math.comb(n, k) * share**k * (1 - share) ** (n - k) if n < 1000 else 0.0 for k in range(n + 1)]
+    found = percentile_interval([float(value) for value in range(1, n + 1)], share)
+    assert found is not None
+    assert (found["value"], found["n"]) == (percentile(range(1, n + 1), share), n)
+    low, high = found["low"], found["high"]
+    if n >= 1000:
+        assert high == pytest.approx(n / 2 + 0.98 * math.sqrt(n), abs=2)
+        assert low == pytest.approx(n / 2 - 0.98 * math.sqrt(n), abs=2)
+        return
+    if low is not None:
+        assert sum(chances[: int(low)]) <= 0.025 < sum(chances[: int(low) + 1])
+    else:
+        assert chances[0] > 0.025
+    if high is not None:
+        assert sum(chances[int(high) :]) <= 0.025 + 1e-12 < sum(chances[int(high) - 1 :])
+    else:
+        assert chances[n] > 0.025
+
+
+def test_too_few_rounds_have_no_99th_percentile() -> None:
+    few, many = spread([1.0] * 99), spread([1.0] * 100)
+    assert few["p99"] is few["p99_interval"] is None
+    assert many["p99"] == 1
+    assert many["p99_interval"] == {"value": 1.0, "low": 1.0, "high": None, "n": 100}
+    assert set(spread([]).values()) == {None}
+
+
+def test_the_environment_names_the_disk(tmp_path: Path) -> None:
+    (tmp_path / "m").write_bytes(b"")
+    disk = environment(tmp_path / "m")["disk"]
+    assert disk is None or (set(disk) == {"device", "filesystem", "model", "rotational"} and "/" not in disk["device"])
+    assert environment()["disk"] is environment(tmp_path / "none")["disk"] is None
+    assert {"governor", "numpy", "onnxruntime", "kernel"} <= set(environment())
 
 
 def test_what_was_not_measured_is_null() -> None:

@@ -51,7 +51,7 @@ print([name for name in ("numpy", "onnxruntime", "torch") if name in sys.modules
 def test_every_command_has_help_with_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     output = capsys.readouterr().out
-    assert re.search(rf"Example: (echo '.*' \| )?edgeml {name}", " ".join(output.split()))
+    assert re.search(rf"Examples?: (echo '.*' \| )?edgeml {name}", " ".join(output.split()))
     assert "--json" in output
 
 

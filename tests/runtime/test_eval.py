@@ -13,8 +13,8 @@ import edgeml
 from edgeml.bundle import Bundle
 from edgeml.cli import main
 from edgeml.data import Row, TaskData
-from edgeml.errors import DataError, UsageError
 from edgeml.domains import Sheet
+from edgeml.errors import DataError, UsageError
 from edgeml.evaluate import Labels, answer_rows, kept_set, match_tasks, read_labelled, report
 from edgeml.made import TOY, make_mixture
 from edgeml.manifest import Manifest, load_manifest

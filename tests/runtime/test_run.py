@@ -68,7 +68,7 @@ def test_json_is_one_document(toy: Path, capsys: Capture) -> None:
         assert answer["score"] == answer["scores"][answer["label"]] == max(answer["scores"].values())
         assert list(answer["scores"]) == ["sun", "rain", "snow", "fog"]
     record = document["record"]
-    assert record["schema"] == 1
+    assert record["schema"] == 2
     assert (record["memory"], record["residency"], record["rounds"]) == ("50%", "exact", 2)
     assert record["latency_s"]["p99"] is None
     assert record["hits"] + record["misses"] > 0
