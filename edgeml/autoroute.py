@@ -2,8 +2,9 @@
 
 A request's form is known, one text or a pair, so groups without a task of that form are not candidates. Rows are routed window by
 window, embedding and router only; then each group's rows run together. Where the router answers a bias, a group's tasks share one
-pass of the trunk with it; where it does not, where the likeliest group had to be passed over, and under masked residency, whose
-sets belong to tasks, each task runs as if it had been named, and answers as if it had.
+pass of the trunk with it. Under masked residency, whose sets belong to tasks, each task has a pass of its own, where that bias and the
+task's mask add. Where the router answers none, and where the likeliest group had to be passed over, each task runs as if it had been
+named, and answers as if it had.
 
 A router is data from outside: what it answers is checked before it is trusted.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,11 +37,15 @@ Cut = Callable[[TextBatch], Iterator[tuple[NDArray[np.intp], TextBatch]]]
 
 
 class Choice(NamedTuple):
-    """Where a request that names no task belongs: the group, its probability, and those of its tasks that take the request's form."""
+    """Where a request that names no task belongs: the group, its probability, and those of its tasks that take the request's form.
+
+    `bias` (S, E): what the tasks are to be run with; None: each as its own router says.
+    """
 
     group: str
     score: float
     tasks: tuple[str, ...]
+    bias: Floats | None = None
 
 
 @dataclass
@@ -97,10 +102,11 @@ class AutoRouter:
         fits = self._fitting(router, pair)
         found: list[Choice] = []
         for window in windows:
-            scores, _ = self._route(router, window, Counters())
-            for row, number in zip(scores, choose_groups(scores, [bool(tasks) for tasks in fits]), strict=True):
+            scores, bias = self._route(router, window, Counters())
+            for row, number in enumerate(choose_groups(scores, [bool(tasks) for tasks in fits])):
+                own = bias[row] if bias is not None and scores[row].argmax() == number else None
                 tasks = tuple(task.name for task in fits[number])
-                found.append(Choice(router.groups[number].name, float(row[number]), tasks))
+                found.append(Choice(router.groups[number].name, float(scores[row, number]), tasks, own))
         return found
 
     def _answer_window(
@@ -116,9 +122,11 @@ class AutoRouter:
                 rows = np.flatnonzero((group == number) & (likeliest == ours))
                 if not rows.size:
                     continue
-                given = bias[rows] if bias is not None and ours and not self.masked else None
+                part = window.rows(rows)
+                if bias is not None and ours:
+                    part = replace(part, bias=bias[rows])
                 started = time.perf_counter()
-                values = self._run_group(fits[number], _rows(window, rows), given, total.counters)
+                values = self._run_group(fits[number], part, total.counters)
                 row_s[rows] += (time.perf_counter() - started) / len(rows)
                 for task, value in zip(fits[number], values, strict=True):
                     self._keep(total, answers, task, value, rows, first)
@@ -150,15 +158,15 @@ class AutoRouter:
                 bias[rows] = given
         return scores, bias
 
-    def _run_group(self, tasks: list[Task], window: TextBatch, bias: Floats | None, counters: Counters) -> list[Floats]:
+    def _run_group(self, tasks: list[Task], window: TextBatch, counters: Counters) -> list[Floats]:
         """Each task's answers to all rows of the window."""
         parts: list[list[Floats]] = [[] for _ in tasks]
         order: list[NDArray[np.intp]] = []
         for rows, batch in self.cut(window):
-            if bias is None:
+            if batch.bias is None or self.masked:
                 values = [self.run_task(task, batch, counters) for task in tasks]
             else:
-                values = self._run_together(tasks, batch, bias[rows], counters)
+                values = self._run_together(tasks, batch, batch.bias, counters)
             for part, value in zip(parts, values, strict=True):
                 part.append(value)
             order.append(rows)
@@ -218,7 +226,3 @@ def _checked_scores(router: GroupRouter, scores: NDArray[Any], rows: int, where:
     if not np.isfinite(scores).all():
         raise BundleError(f"{where}: stage '{router.stage}' answers groups that are not finite; its weights are faulty")
     return scores
-
-
-def _rows(window: TextBatch, rows: NDArray[np.intp]) -> TextBatch:
-    return TextBatch(window.ids[rows], window.types[rows], window.mask[rows], tuple(window.truncated[row] for row in rows))

@@ -28,8 +28,7 @@ def batches(window: TextBatch) -> Iterator[tuple[NDArray[np.intp], TextBatch]]:
         longest = int(lengths[order[start]])
         rows = order[start : start + max(1, min(BATCH_ROWS, BATCH_TOKENS // longest))]
         start += len(rows)
-        ids, types, mask = window.ids[rows, :longest], window.types[rows, :longest], window.mask[rows, :longest]
-        yield rows, TextBatch(ids, types, mask, tuple(window.truncated[row] for row in rows))
+        yield rows, window.rows(rows, longest)
 
 
 def checked_arrays(arrays: Mapping[str, NDArray[Any]]) -> TextBatch:
@@ -47,7 +46,7 @@ def checked_arrays(arrays: Mapping[str, NDArray[Any]]) -> TextBatch:
 
 
 def joined(batches: Sequence[TextBatch]) -> TextBatch:
-    """Several batches as one, padded to the longest."""
+    """Several batches as one, padded to the longest. All of them have a bias, or none has."""
     if len(batches) == 1:
         return batches[0]
     rows, longest = sum(len(batch.ids) for batch in batches), max(batch.ids.shape[1] for batch in batches)
@@ -58,4 +57,6 @@ def joined(batches: Sequence[TextBatch]) -> TextBatch:
         part = np.s_[start : start + len(batch.ids), : batch.ids.shape[1]]
         ids[part], types[part], mask[part] = batch.ids, batch.types, batch.mask
         start += len(batch.ids)
-    return TextBatch(ids, types, mask, tuple(flag for batch in batches for flag in batch.truncated))
+    biases = [batch.bias for batch in batches if batch.bias is not None]
+    bias = np.concatenate(biases) if biases else None
+    return TextBatch(ids, types, mask, tuple(flag for batch in batches for flag in batch.truncated), bias)

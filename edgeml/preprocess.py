@@ -19,12 +19,22 @@ CHARACTER_LIMIT = 200_000
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Padded token ids. `ids`, `types` (B, T) int64; `mask` (B, T) float32, 1 for real tokens; `truncated` rows were cut."""
+    """Padded token ids. `ids`, `types` (B, T) int64; `mask` (B, T) float32, 1 for real tokens; `truncated` rows were cut.
+
+    `bias` (B, S, E) float32, where a router was asked already: it takes the place of what the task's own router would say.
+    """
 
     ids: NDArray[np.int64]
     types: NDArray[np.int64]
     mask: NDArray[np.float32]
     truncated: tuple[bool, ...]
+    bias: NDArray[np.float32] | None = None
+
+    def rows(self, rows: NDArray[np.intp], tokens: int | None = None) -> TextBatch:
+        """Some of the rows, cut after so many tokens."""
+        cut = (rows, slice(tokens))
+        bias = None if self.bias is None else self.bias[rows]
+        return TextBatch(self.ids[cut], self.types[cut], self.mask[cut], tuple(self.truncated[row] for row in rows), bias)
 
 
 class TextPreprocessor:

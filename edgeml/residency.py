@@ -3,6 +3,10 @@
 The decisions are `resident`'s, the file is `sidecar`'s; here they meet requests. Under "masked" the sidecar is read and nothing is
 written: a masked request shows only what its mask let it choose. Under "hybrid", and under "exact" where a state folder is named,
 unmasked requests run the trunk that tells its choices and are learned from, and what was learned is saved when the session closes.
+
+Stand-ins. Where a deadline leaves no time to read a task's own set, another domain's takes its place, if it is in memory or can be read
+in time and `resident.Transfer` says that it helps: of several the most helpful. What hybrid residency can read in time of the own set
+competes by the share of the set's usage that it covers.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,7 @@ from edgeml.resident import (
     SEGMENT_TOKENS,
     Drift,
     Forecast,
+    Transfer,
     Usage,
     Watched,
     all_pages,
@@ -41,6 +46,7 @@ from edgeml.resident import (
     general_usage,
     key_of,
     mask_for_deadline,
+    mean_usage,
 )
 from edgeml.router import ResidentSet, mask_of, share_of, usage_of
 from edgeml.sidecar import Learned, load, place_of, save
@@ -74,6 +80,7 @@ class Residents:
         self._warm: set[str] = set()
         self._lock = threading.RLock()
         self._place: Path | None = None
+        self._sidecar = place_of(bundle.path, bundle.id, state)
         self._open(state)
 
     @property
@@ -109,12 +116,34 @@ class Residents:
         """How the batches of a call that starts now are masked. `resident`: the set the call came with."""
         if deadline_s is not None and not (isinstance(deadline_s, int | float) and deadline_s > 0):
             raise UsageError(f"a deadline must be a positive number of seconds, not {deadline_s!r:.40}")
-        if resident is None and self._residency == "masked":
-            resident = self.resident_set(task)
-        if resident is not None or self._residency != "hybrid" or deadline_s is None:
-            return lambda _: resident
+        own = self.resident_set(task) if resident is None and self._residency == "masked" else resident
+        if resident is not None or self._residency == "exact" or deadline_s is None:
+            return lambda _: own
         ends = time.perf_counter() + deadline_s
-        return lambda batch: self._in_time(task, int(batch.mask.sum()), ends - time.perf_counter())
+        return lambda batch: self._in_time(task, own, int(batch.mask.sum()), ends - time.perf_counter())
+
+    def domain_set(self, domain: str) -> ResidentSet:
+        """A domain's resident set under the budget, by the mean usage of its tasks. Raises `UsageError` where none has a usage."""
+        tasks = [
+            task.name for task in self._manifest.tasks if task.domain == domain and isinstance(task.stages, TaskStages) and task.labels
+        ]
+        with self._lock:
+            return self._best(mean_usage([self.usage(task) for task in tasks]))
+
+    def stand_ins(self, task: str) -> list[ResidentSet]:
+        """The sets that may stand in for the task's own under this budget, the most helpful first."""
+        return [resident for resident, _ in self._stand_ins(task)]
+
+    @property
+    def transfer(self) -> Transfer | None:
+        """What domains' sets make of each other's data, None where that was not measured."""
+        return self._known.transfer
+
+    def keep(self, transfer: Transfer) -> Path:
+        """Write a transfer matrix to the sidecar, and use it from now on; the sidecar's place. Raises as `sidecar.save`."""
+        save(self._sidecar, self._bundle.id, self._manifest, Learned(transfer=transfer))
+        self._known.transfer = transfer
+        return self._sidecar
 
     def stages(self, task: Task, stages: TaskStages) -> TaskStages:
         """The stages to run: while learning, the trunk that tells its choices."""
@@ -179,7 +208,7 @@ class Residents:
 
     def _open(self, state: str | None) -> None:
         """Find and read the sidecar. Exact residency without a state folder leaves no trace and looks for none."""
-        place = place_of(self._bundle.path, self._bundle.id, state)
+        place = self._sidecar
         named = bool(state or os.environ.get("EDGEML_STATE"))
         if not any(isinstance(task.stages, TaskStages) for task in self._manifest.tasks) or (self._residency == "exact" and not named):
             return
@@ -242,10 +271,12 @@ class Residents:
             self._sets.pop(task, None)
 
     def _choose(self, task: str) -> ResidentSet:
-        sites = self._manifest.sites
-        pages = tuple(sorted(self._page_bytes))
         if not self._budget.complete:
-            pages = best_pages(sites, self.usage(task), self._slot_bytes, self._budget.pages)
+            return self._best(self.usage(task))
+        return ResidentSet(tuple(sorted(self._page_bytes)), mask_of(self._manifest, self._page_bytes))
+
+    def _best(self, usage: Usage) -> ResidentSet:
+        pages = best_pages(self._manifest.sites, usage, self._slot_bytes, self._budget.pages)
         chosen = ResidentSet(pages, mask_of(self._manifest, set(pages)))
         bare = self._bare(chosen)
         if bare is not None:
@@ -262,16 +293,34 @@ class Residents:
                 return site.name
         return None
 
-    def _in_time(self, task: str, tokens: int, left_s: float) -> ResidentSet | None:
-        """The set of a batch that has `left_s` seconds left, None where it may use all experts.
+    def _stand_ins(self, task: str) -> list[tuple[ResidentSet, float]]:
+        """With their T, at most 1: a set is not taken to be better than the own one, whatever noise says."""
+        domain = next(each.domain for each in self._manifest.tasks if each.name == task)
+        transfer = self._known.transfer
+        found = [] if transfer is None or self._budget.complete else transfer.stand_ins(domain)
+        sets = [(ResidentSet(pages, mask_of(self._manifest, set(pages)), name), min(ratio, 1.0)) for name, ratio, pages in found]
+        return [each for each in sets if len(each[0].pages) <= self._budget.pages and self._bare(each[0]) is None]
 
-        A mask leaves what is in memory of the task's set, and of the rest what can still be read in time. Where computing alone is too
-        late, and where a site would be left bare, it leaves the whole set.
+    def _in_time(self, task: str, own: ResidentSet | None, tokens: int, left_s: float) -> ResidentSet | None:
+        """The set of a batch that has `left_s` seconds left, None where it may use all experts. `own`: what it has to use (masked).
+
+        A mask leaves what is in memory of the task's set, and of the rest what can still be read in time; or a stand-in, where that is
+        worth more. Where computing alone is too late, and where a site would be left bare, it leaves the whole set.
         """
         sites, usage = self._manifest.sites, self.usage(task)
         rate = self._known.reading.rate or STATED_RATE
         compute_s = tokens / speed if (speed := self._known.computing.rate) else 0.0
         resident = set(self._context.stats()["resident"])
+        cost = {page: 0 if page in resident else length for page, length in self._page_bytes.items()}
+
+        def fits(pages: Collection[int]) -> bool:
+            return sum(cost[page] for page in pages) <= (left_s - compute_s) * rate
+
+        def stand_in(worth: float) -> ResidentSet | None:
+            return next((each for each, ratio in self._stand_ins(task) if ratio > worth and fits(each.pages)), None)
+
+        if own is not None:
+            return own if fits(own.pages) else stand_in(0) or own
         exact_s = expected_bytes(sites, usage, self._page_bytes, resident, tokens) / rate
         if compute_s + exact_s <= left_s:
             return None
@@ -279,12 +328,13 @@ class Residents:
             whole = self.resident_set(task)
         except BudgetError:  # no set fits, but an exact answer does, late as it may be
             return None
-        cost = {page: 0 if page in resident else length for page, length in self._page_bytes.items()}
         mask = whole
         if left_s > compute_s:
             pages = best_pages(sites, usage, cost, (left_s - compute_s) * rate, set(whole.pages))
             readable = ResidentSet(pages, mask_of(self._manifest, set(pages)))
             mask = whole if self._bare(readable) is not None else readable
+        kept = covered(sites, usage, mask.pages) / max(covered(sites, usage, whole.pages), 1e-9) if fits(mask.pages) else 0.0
+        mask = stand_in(kept) or mask
         forecast = Forecast(compute_s, exact_s, sum(cost[page] for page in mask.pages) / rate)
         return mask if mask_for_deadline(forecast, left_s) else None
 

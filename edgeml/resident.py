@@ -1,7 +1,7 @@
 """Which experts a device should hold: decisions about resident sets, without a file, a clock or a session.
 
 Theory. A task uses few experts, and always much the same ones (PreMoe). Its *usage* says how much of a site's work each expert does;
-a *pattern* is a usage with a name. Four decisions rest on it:
+a *pattern* is a usage with a name. Five decisions rest on it:
 
 - Which pages to hold. All pages of all sites compete by importance per byte, after each site has its top-k, so that a concentrated
   site keeps few experts and a diffuse one many (`best_pages`).
@@ -9,6 +9,7 @@ a *pattern* is a usage with a name. Four decisions rest on it:
   follows the general pattern, which is the mean over domains: a nearest neighbour always answers, a cut-off may say "unknown".
 - When to change it. Segment by segment; only when another pattern was closer by a fifth twice in a row (`Drift`).
 - When to mask. Only when reading what is missing would break a deadline, and masking would read less (`mask_for_deadline`).
+- Whose set stands in. Where a task's own set cannot be read in time, that of another domain, if it was measured to help (`Transfer`).
 
 Unlike in the paper, experts that are not held stay on disk and are used by the requests that can wait for them. What those use on
 this device is blended into the recorded usage (`blend`).
@@ -19,10 +20,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeml.indices import cdtr
 from edgeml.manifest import Manifest, Site
 
 __all__ = [
@@ -31,6 +34,7 @@ __all__ = [
     "Drift",
     "Forecast",
     "Meter",
+    "Transfer",
     "Usage",
     "Watched",
     "all_pages",
@@ -271,3 +275,45 @@ class Watched:
 def all_pages(sites: Iterable[Site]) -> frozenset[int]:
     """Every page with a routed expert."""
     return frozenset(expert.page for site in sites for expert in site.experts)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What each domain's resident set makes of the others' data, as this device measured it. D domains, all rows in their order.
+
+    `sets[i]`: the pages of domain i's set. `scores[i][j]`: S[i, j], the mean over domain j's tasks of the metric under that set;
+    `reference[j]` with nothing masked, `baseline[j]` without any routed expert, None where a site has no shared one; all in [0, 1].
+    `examples[j]`: how many rows. `by`: "labels", or "agreement" where scores are shares of answers that are the unmasked ones.
+    """
+
+    domains: tuple[str, ...]
+    sets: tuple[tuple[int, ...], ...]
+    scores: tuple[tuple[float, ...], ...]
+    reference: tuple[float, ...]
+    baseline: tuple[float, ...] | None
+    examples: tuple[int, ...]
+    by: str
+
+    @cached_property
+    def ratios(self) -> tuple[tuple[float | None, ...], ...]:
+        """T[i, j], see `indices.cdtr`: 1 where domain i's set is as good as domain j's own, None where that is undefined."""
+        if self.baseline is None:
+            return ((None,) * len(self.domains),) * len(self.domains)
+        return cdtr((self.reference, *self.scores), self.baseline).ratios
+
+    @property
+    def cdtr(self) -> float | None:
+        """The cross-domain transfer ratio; None where it is undefined."""
+        return None if self.baseline is None else cdtr((self.reference, *self.scores), self.baseline).value
+
+    def stand_ins(self, domain: str) -> list[tuple[str, float, tuple[int, ...]]]:
+        """The domains whose sets help this one, T > 0, with their T and pages, the most helpful first."""
+        if domain not in self.domains:
+            return []
+        own = self.domains.index(domain)
+        found = [
+            (name, ratio, pages)
+            for number, (name, pages) in enumerate(zip(self.domains, self.sets, strict=True))
+            if number != own and (ratio := self.ratios[number][own]) is not None and ratio > 0
+        ]
+        return sorted(found, key=lambda each: (-each[1], each[0]))

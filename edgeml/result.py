@@ -19,7 +19,7 @@ __all__ = ["Counters", "Result", "checked_answer"]
 @dataclass
 class Counters:
     """What one call cost: `hits` and `misses` in pages, `page_in_bytes`, `page_wait_s` spent waiting, `tokens` without padding,
-    `masked_tokens` of them run with experts forbidden."""
+    `masked_tokens` of them run with experts forbidden. `stand_in`: the domain whose resident set stood in (last), "" for none."""
 
     hits: int = 0
     misses: int = 0
@@ -27,6 +27,7 @@ class Counters:
     page_wait_s: float = 0.0
     tokens: int = 0
     masked_tokens: int = 0
+    stand_in: str = ""
 
     def add(self, request: Request, tokens: int = 0, masked: bool = False) -> None:
         """Count a native request that has ended."""

@@ -22,10 +22,14 @@ __all__ = ["ResidentSet", "checked_bias", "mask_of", "resident_set", "usage_of"]
 
 @dataclass(frozen=True)
 class ResidentSet:
-    """Pages to hold, and the bias that forbids all other experts: (S, E) float32, 0 or minus infinity."""
+    """Pages to hold, and the bias that forbids all other experts: (S, E) float32, 0 or minus infinity.
+
+    `stand_in`: the domain whose set it is, where that stands in for the task's own.
+    """
 
     pages: tuple[int, ...]
     mask: NDArray[np.float32]
+    stand_in: str = ""
 
 
 def share_of(experts: int, share: float) -> int:
@@ -71,8 +75,9 @@ def mask_of(manifest: Manifest, pages: Collection[int]) -> NDArray[np.float32]:
     return mask
 
 
-def checked_bias(manifest: Manifest, bias: NDArray[Any], rows: int, where: str) -> NDArray[np.float32]:
-    """A router's bias (rows, S, E). Raises `BundleError` for another shape, for a number that is no bias, and for a bare site.
+def checked_bias(manifest: Manifest, bias: NDArray[Any], rows: int, where: str, resident: ResidentSet | None = None) -> NDArray[np.float32]:
+    """A router's bias (rows, S, E), with the mask of the `resident` set added. Raises `BundleError` for another shape, for a number that
+    is no bias, and for a bare site.
 
     Minus infinity forbids an expert; a site without shared experts must keep one.
     """
@@ -82,6 +87,8 @@ def checked_bias(manifest: Manifest, bias: NDArray[Any], rows: int, where: str) 
         raise BundleError(f"{where} answers a bias {bias.dtype} {bias.shape} instead of float32 {wanted}")
     if np.isnan(bias).any() or np.isposinf(bias).any():
         raise BundleError(f"{where} answers a bias that is not a number or infinite; its weights are faulty")
+    if resident is not None:
+        bias, where = bias + resident.mask, f"{where}, under its resident set,"
     for number, site in enumerate(manifest.sites):
         if not site.shared and np.isneginf(bias[:, number, : len(site.experts)]).all(-1).any():
             raise BundleError(f"{where} leaves no expert of site '{site.name}' to choose, and it has no shared one")

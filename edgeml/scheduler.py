@@ -20,6 +20,9 @@ Memory. `resident` is what the pager should hold now, as far as the instructions
 the next set most, others by how many waiting sets they are in. While a batch computes, the next set is read as far as
 slots are left beside the leases. Leases of batches in flight, taken together with it, never exceed the slots.
 
+Stand-ins. Where reading the leader's set, at the recent pace, would miss its deadline, the first of its stand-ins that is in time takes
+the set's place; and for others of its set likewise.
+
 A batch that breaks is taken apart: its requests run again one by one, so that only the faulty one fails.
 Order "arrival" is for comparison: first come, first served, and pages given up by least recent use.
 """
@@ -28,13 +31,10 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import deque
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
 
 from edgeml.errors import UsageError
 from edgeml.scheduler_events import (
-    PRIORITIES,
     Advise,
     Broken,
     Cancelled,
@@ -49,12 +49,12 @@ from edgeml.scheduler_events import (
     Routed,
     Run,
     State,
-    Step,
     Stepped,
     Submitted,
     Ticked,
     WorkingSet,
 )
+from edgeml.scheduler_requests import Batch, Group, Request, by_priority, by_turn, move, recent, story
 
 __all__ = ["Scheduler"]
 
@@ -65,74 +65,34 @@ SETS = 1024
 #: The priority that pages of the next set are advised.
 NEXT = 1 << 20
 WAITING = (State.QUEUED, State.ROUTED)
-MOVES = {
-    State.QUEUED: {State.ROUTED, State.REFUSED, State.FAILED},
-    State.ROUTED: {State.PAGING, State.FAILED},
-    State.PAGING: {State.RUNNING, State.ROUTED, State.FAILED},
-    State.RUNNING: {State.DONE, State.ROUTED, State.FAILED},
-}
-
-
-@dataclass(eq=False)
-class _Group:
-    """Requests of one set; `lacking`: how many of its pages are not expected to be resident, None where that has to be counted."""
-
-    set: WorkingSet
-    waiting: dict[int, _Request] = field(default_factory=dict)
-    lacking: int | None = None
-    first: _Request | None = None  # of the highest priority, the earliest; None where that has to be looked for
-
-
-@dataclass(eq=False)
-class _Request:
-    number: int
-    step: Step
-    priority: int
-    deadline: float | None
-    state: State = State.QUEUED
-    group: _Group | None = None
-    turn: int = 0  # order of arrival among the routed
-    passed: int = 0  # batches begun by later ones
-    allowed: int = 0  # how many of them it has to bear
-    alone: bool = False  # it was in a batch that broke
-    story: deque[State] = field(default_factory=lambda: deque(maxlen=16))
-
-
-@dataclass(eq=False)
-class _Batch:
-    requests: list[_Request]
-    group: _Group
-    begun: float
 
 
 class Scheduler:
     """The table. `handle` is the only way to change it; an event that cannot be raises `UsageError` and changes nothing.
 
-    `stats`: how many requests were submitted and how many ended in each way; batches begun, and those led by an overdue request.
+    `stats`: how many requests were submitted and how many ended in each way; batches begun, those led by an overdue request, and those
+    under a stand-in.
     """
 
     def __init__(self, limits: Limits) -> None:
-        if limits.order not in ("overlap", "arrival"):
-            raise UsageError(f"the order must be overlap or arrival, not {limits.order!r:.40}")
-        if min(limits.queue, limits.rows, limits.tokens, limits.lanes) < 1 or min(limits.patience, limits.slots) < 0:
-            raise UsageError("limits of queue, rows, tokens and lanes are at least 1, patience and slots at least 0")
         self.limits = limits
-        self.stats = dict.fromkeys(("submitted", "done", "failed", "refused", "batches", "overdue"), 0)
+        self.stats = dict.fromkeys(("submitted", "done", "failed", "refused", "batches", "overdue", "stand_ins"), 0)
         self._now = -math.inf
-        self._live: dict[int, _Request] = {}
-        self._groups: dict[WorkingSet, _Group] = {}  # by their sets, those in use and others
-        self._waiting: dict[_Group, None] = {}  # groups in which a request waits, in the order in which that began
-        self._batches: dict[int, _Batch] = {}
+        self._live: dict[int, Request] = {}
+        self._groups: dict[WorkingSet, Group] = {}  # by their sets, those in use and others
+        self._waiting: dict[Group, None] = {}  # groups in which a request waits, in the order in which that began
+        self._batches: dict[int, Batch] = {}
         self._deadlines: list[tuple[float, int]] = []  # a heap; ended requests stay in it for a while
         self._here: set[int] = set()  # the pages that the pager should hold
         self._used: dict[int, int] = {}  # by page, the batch at whose time it was last expected
         self._levels: dict[int, int] = {}  # priorities as advised; 0 is left out
-        self._newest, self._turns, self._pace, self._latest = -1, 0, 0.0, _Group(WorkingSet(""))
+        self._newest, self._turns, self._latest = -1, 0, Group(WorkingSet(""))
+        self._pace = self._page_s = self._compute_s = 0.0  # recent seconds of a batch, of reading a page, of computing a batch
         self._wanted: dict[int, int] = {}  # by how many waiting leased sets
+        self._wishes: dict[Group, int] = {}  # what has changed in that since
         self._coming: frozenset[int] = frozenset()  # pages advised as next
-        self._changed: set[int] = set()  # pages whose priority may differ from what was advised
-        self._overdue: dict[int, _Request] = {}  # that may not be passed over again
-        self._hinted: list[_Group] = []  # the groups in use when priorities were advised last
+        self._overdue: dict[int, Request] = {}  # that may not be passed over again
+        self._hinted: list[Group] = []  # the groups in use when priorities were advised last
         self._stale = self._read = False  # sets or expected pages have changed since; the coming pages are yet to be advised
         self._out: list[Instruction] = []
 
@@ -192,7 +152,7 @@ class Scheduler:
         assert all(bool(group.waiting) == (group in self._waiting) for group in self._groups.values()), "an empty group waits"
         assert all(self._groups[group.set] is group for group in self._waiting), "a set has two groups"
         for request in self._live.values():
-            assert request.passed <= request.allowed or request.state != State.ROUTED, f"passed over too often: {_story(request)}"
+            assert request.passed <= request.allowed or request.state != State.ROUTED, f"passed over too often: {story(request)}"
 
     # ---- events ----
 
@@ -201,37 +161,25 @@ class Scheduler:
         if not math.isfinite(event.now):
             raise UsageError("an event needs a time")
         if isinstance(event, Submitted):
-            self._check_new(event)
+            if event.request <= self._newest:
+                raise UsageError("numbers of requests ascend")
+            event.check()
         elif isinstance(event, Paged | Stepped | Broken):
             if event.batch not in self._batches:
                 raise UsageError(f"there is no batch {event.batch} under way")
             states = {request.state for request in self._batches[event.batch].requests if request.number in self._live}
             wanted = {Paged: (State.PAGING,), Stepped: (State.RUNNING,), Broken: (State.PAGING, State.RUNNING)}[type(event)]
             if any(state not in wanted for state in states):
-                told = "; ".join(_story(request) for request in self._batches[event.batch].requests)
+                told = "; ".join(story(request) for request in self._batches[event.batch].requests)
                 raise UsageError(f"{type(event).__name__} cannot follow: {told}")
         elif not isinstance(event, Ticked) and event.request > self._newest:
             raise UsageError(f"there never was a request {event.request}")
         elif isinstance(event, Routed) and self.state(event.request) not in (None, State.QUEUED):
-            raise UsageError(f"Routed cannot follow: {_story(self._live[event.request])}")
-
-    def _check_new(self, event: Submitted) -> None:
-        if event.request <= self._newest:
-            raise UsageError("numbers of requests ascend")
-        if event.step.rows < 1 or event.step.tokens < 1:
-            raise UsageError("a step has at least one row and one token")
-        if not -PRIORITIES <= event.priority <= PRIORITIES:
-            raise UsageError(f"a priority is a whole number from -{PRIORITIES} to {PRIORITIES}, not {event.priority}")
-        if event.deadline is None:
-            return
-        if math.isnan(event.deadline):
-            raise UsageError("the deadline is not a number; give seconds from now, or none")
-        if event.deadline <= event.now:
-            raise UsageError("the deadline is not in the future; give seconds from now, or none")
+            raise UsageError(f"Routed cannot follow: {story(self._live[event.request])}")
 
     def _submit(self, event: Submitted) -> None:
         deadline = None if event.deadline == math.inf else event.deadline
-        request = _Request(event.request, event.step, event.priority, deadline)
+        request = Request(event.request, event.step, event.priority, deadline)
         self._newest, self._live[request.number] = request.number, request
         self.stats["submitted"] += 1
         if len(self._live) - sum(len(self._living(batch)) for batch in self._batches) > self.limits.queue:
@@ -254,20 +202,26 @@ class Scheduler:
             return
         if len(self._groups) >= SETS:
             self._groups = {group.set: group for group in (*self._waiting, *self._in_use())}
-        request.group = self._groups.setdefault(event.set, _Group(event.set))
+        request.own = event.set
+        if self.limits.order != "arrival":
+            request.stand_ins = tuple(each for each in event.stand_ins if len(each.pages) <= self.limits.slots)
         self._wait(request, behind=True)
 
     def _paged(self, event: Paged) -> None:
-        live = self._living(event.batch)
+        live, batch = self._living(event.batch), self._batches[event.batch]
+        batch.paged = self._now
+        if batch.lacking:
+            self._page_s = recent(self._page_s, (self._now - batch.begun) / batch.lacking)
         for request in live:
-            _move(request, State.RUNNING)
+            move(request, State.RUNNING)
         if live:
             self._out.append(Run(event.batch))
 
     def _stepped(self, event: Stepped) -> None:
         live, batch = self._living(event.batch), self._batches.pop(event.batch)
-        taken = self._now - batch.begun
-        self._pace = taken if not self._pace else 0.75 * self._pace + 0.25 * taken
+        self._pace = recent(self._pace, self._now - batch.begun)
+        if live and batch.paged is not None:
+            self._compute_s = recent(self._compute_s, self._now - batch.paged)
         for request in live:
             if request.number in event.more:
                 request.step = event.more[request.number]
@@ -292,28 +246,33 @@ class Scheduler:
 
     # ---- moving requests ----
 
-    def _living(self, batch: int) -> list[_Request]:
+    def _living(self, batch: int) -> list[Request]:
         return [request for request in self._batches[batch].requests if request.number in self._live]
 
-    def _wait(self, request: _Request, behind: bool) -> None:
+    def _wait(self, request: Request, behind: bool) -> None:
         """Put a request among the routed, `behind` all others or where it was."""
-        assert request.group is not None
-        _move(request, State.ROUTED)
+        move(request, State.ROUTED)
+        if request.deadline is not None and request.deadline <= self._now:  # it came while an earlier step ran
+            heapq.heappush(self._deadlines, (request.deadline, request.number))
         if behind:
             ahead = sum(len(group.waiting) for group in self._waiting)
             request.turn, request.passed, request.allowed = self._turns, 0, self.limits.patience + ahead
             self._turns += 1
-        group = request.group
+        self._enter(request, request.own)
+
+    def _enter(self, request: Request, wanted: WorkingSet) -> None:
+        """Put a routed request among those that wait for this set."""
+        request.group = group = self._groups.setdefault(wanted, Group(wanted))
         if not group.waiting:
             self._groups[group.set] = group
             self._waiting[group] = None
-            self._wish(group.set, 1)
+            self._wish(group, 1)
         group.waiting[request.number] = request
         group.first = None
         if request.passed >= request.allowed:
             self._overdue[request.number] = request
 
-    def _leave(self, request: _Request) -> None:
+    def _leave(self, request: Request) -> None:
         """Take a routed request out of those that wait."""
         group = request.group
         assert group is not None
@@ -322,7 +281,7 @@ class Scheduler:
         group.first = None
         if not group.waiting:
             del self._waiting[group]
-            self._wish(group.set, -1)
+            self._wish(group, -1)
 
     def _end(self, number: int, state: State, reason: str = "") -> None:
         request = self._live.get(number)
@@ -330,7 +289,7 @@ class Scheduler:
             return  # the message came late
         if request.state == State.ROUTED:
             self._leave(request)
-        _move(request, state)
+        move(request, state)
         del self._live[number]
         self.stats[state.value] += 1
         self._out.append(End(number, state, reason))
@@ -339,27 +298,53 @@ class Scheduler:
 
     def _begin(self) -> None:
         while len(self._batches) < self.limits.lanes:
-            leader = min(self._overdue.values(), key=_by_turn, default=None) or self._pressed() or self._best(self._waiting)
-            if leader is None or leader.group is None:
+            leader = min(self._overdue.values(), key=by_turn, default=None) or self._pressed() or self._best(self._waiting)
+            if leader is None:
                 return
+            self._stand_in(leader)
+            assert leader.group is not None
             used = leader.group.set
             if used.leased and len(self._leased() | used.pages) > self.limits.slots:
                 return  # it goes first, and cannot yet
             number = self.stats["batches"]
             self.stats["batches"] += 1
             self.stats["overdue"] += leader.passed >= leader.allowed
-            batch = self._batches[number] = _Batch(self._mates(leader), leader.group, self._now)
+            self.stats["stand_ins"] += bool(used.stand_in)
+            lacking = len(used.pages - self._here)
+            batch = self._batches[number] = Batch(self._mates(leader), leader.group, self._now, lacking)
             for request in batch.requests:
                 self._leave(request)
-                _move(request, State.PAGING)
+                move(request, State.PAGING)
             self._pass_over(leader.turn)
-            if leader.group is not self._latest or not self._here.issuperset(used.pages):
+            if leader.group is not self._latest or lacking:
                 self._expect(used.pages)
             self._latest = leader.group
             if self.limits.order == "arrival":
                 self._out.append(Advise(tuple(sorted(used.pages)), number + 1))
             self._hint()
             self._out.append(Page(number, tuple(request.number for request in batch.requests), used))
+
+    def _stand_in(self, leader: Request) -> None:
+        """Give the leader a stand-in where its own set would be late, and those of its set that would be late without the same one."""
+        found, group = self._in_time(leader), leader.group
+        if found is None or group is None:
+            return
+        for request in list(group.waiting.values()):
+            if request is leader or self._in_time(request) == found:
+                self._leave(request)
+                self._enter(request, found)
+
+    def _in_time(self, request: Request) -> WorkingSet | None:
+        """The first of its stand-ins that is in time; None where none is, or its own set is, or it has one."""
+        if request.deadline is None or request.group is None or request.group.set != request.own:
+            return None
+        left = request.deadline - self._now - self._compute_s
+        if self._reading_s(request.own) <= left:
+            return None
+        return next((each for each in request.stand_ins if self._reading_s(each) <= left), None)
+
+    def _reading_s(self, wanted: WorkingSet) -> float:
+        return len(wanted.pages - self._here) * self._page_s
 
     def _pass_over(self, turn: int) -> None:
         """A batch has begun that is led by a request of this turn."""
@@ -370,7 +355,7 @@ class Scheduler:
                     if request.passed == request.allowed:
                         self._overdue[request.number] = request
 
-    def _pressed(self) -> _Request | None:
+    def _pressed(self) -> Request | None:
         """The request with the earliest deadline, where it could be missed."""
         soon = self._now + URGENT * self._pace
         if not self._deadlines or self._deadlines[0][0] > soon or self.limits.order == "arrival":
@@ -378,16 +363,16 @@ class Scheduler:
         near = sorted(each for each in self._deadlines if each[0] <= soon)
         return next((self._live[number] for _, number in near if self.state(number) == State.ROUTED), None)
 
-    def _best(self, groups: Iterable[_Group]) -> _Request | None:
+    def _best(self, groups: Iterable[Group]) -> Request | None:
         """The request that goes first among those that wait in these groups, if no bound and no deadline is near."""
         if self.limits.order == "arrival":
-            return min((request for group in groups for request in group.waiting.values()), key=_by_turn, default=None)
+            return min((request for group in groups for request in group.waiting.values()), key=by_turn, default=None)
         for group in groups:
             if group.first is None:
-                group.first = min(group.waiting.values(), key=_by_priority)
+                group.first = min(group.waiting.values(), key=by_priority)
         return min((group.first for group in groups if group.first is not None), key=self._rank, default=None)
 
-    def _rank(self, first: _Request) -> tuple[float, ...]:
+    def _rank(self, first: Request) -> tuple[float, ...]:
         """The order of sets, each by the request of it that goes first."""
         group = first.group
         assert group is not None
@@ -395,13 +380,13 @@ class Scheduler:
             group.lacking = len(group.set.pages - self._here)
         return -first.priority, group.lacking / len(group.waiting), group is not self._latest, first.turn
 
-    def _mates(self, leader: _Request) -> list[_Request]:
+    def _mates(self, leader: Request) -> list[Request]:
         """The leader and those of its set that are computed with it: their rows are padded to the longest."""
         assert leader.group is not None
         batch, rows, longest = [leader], leader.step.rows, leader.step.tokens
         if leader.alone or rows >= self.limits.rows:
             return batch
-        for request in sorted(leader.group.waiting.values(), key=_by_priority):
+        for request in sorted(leader.group.waiting.values(), key=by_priority):
             more, long = rows + request.step.rows, max(longest, request.step.tokens)
             if request is not leader and not request.alone and more <= self.limits.rows and more * long <= self.limits.tokens:
                 batch.append(request)
@@ -410,7 +395,7 @@ class Scheduler:
 
     # ---- memory ----
 
-    def _in_use(self) -> list[_Group]:
+    def _in_use(self) -> list[Group]:
         return [batch.group for batch in self._batches.values()]
 
     def _leased(self) -> set[int]:
@@ -432,13 +417,11 @@ class Scheduler:
         for group in self._groups.values():
             group.lacking = None
 
-    def _wish(self, wanted: WorkingSet, change: int) -> None:
-        """A set has begun (1) or ceased (-1) to be waited for."""
+    def _wish(self, group: Group, change: int) -> None:
+        """A set has begun (1) or ceased (-1) to be waited for; of one that is run at once, both cancel out before any page is looked at."""
         self._stale = True
-        if wanted.leased:
-            self._changed.update(wanted.pages)
-            for page in wanted.pages:
-                self._wanted[page] = self._wanted.get(page, 0) + change
+        if group.set.leased and self.limits.order != "arrival":
+            self._wishes[group] = self._wishes.get(group, 0) + change
 
     def _hint(self) -> None:
         """Advise priorities, where something has changed that they depend on."""
@@ -447,13 +430,20 @@ class Scheduler:
             return
         self._stale, self._hinted, self._read = False, in_use, True
         coming = self._coming_pages()
+        may_differ = set(coming ^ self._coming)
+        for group, change in self._wishes.items():
+            if change:
+                may_differ |= group.set.pages
+                for page in group.set.pages:
+                    self._wanted[page] = self._wanted.get(page, 0) + change
+        self._wishes.clear()
         changed: dict[int, list[int]] = {}
-        for page in self._changed | (coming ^ self._coming):
+        for page in may_differ:
             level = NEXT if page in coming else self._wanted.get(page, 0)
             if level != self._levels.get(page, 0):
                 changed.setdefault(level, []).append(page)
                 self._levels[page] = level
-        self._coming, self._changed = coming, set()
+        self._coming = coming
         self._out += [Advise(tuple(sorted(pages)), level) for level, pages in sorted(changed.items())]
 
     def _prefetch(self) -> None:
@@ -479,22 +469,3 @@ class Scheduler:
         if len(wanted) <= room:
             return wanted
         return frozenset(sorted(wanted, key=lambda page: (page not in self._here, page))[:room])
-
-
-def _by_turn(request: _Request) -> int:
-    return request.turn
-
-
-def _by_priority(request: _Request) -> tuple[int, int]:
-    return -request.priority, request.turn
-
-
-def _move(request: _Request, state: State) -> None:
-    if state not in MOVES[request.state]:
-        raise UsageError(f"{state} cannot follow: {_story(request)}")
-    request.story.append(request.state)
-    request.state = state
-
-
-def _story(request: _Request) -> str:
-    return f"request {request.number} was {', '.join([*request.story, request.state])}"

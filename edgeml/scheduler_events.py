@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+
+from edgeml.errors import UsageError
 
 __all__ = [
     "PRIORITIES", "Advise", "Broken", "Cancelled", "Dropped", "End", "Event", "Instruction", "Limits", "Page", "Paged", "Route", "Routed",
@@ -39,13 +42,15 @@ class Step:
 class WorkingSet:
     """Pages that requests of a task need. `leased`: they are pinned while it runs, and no others are used; else a guess.
 
-    `mask` tells sets of the same pages apart that forbid different experts: such requests share no batch.
+    `mask` tells sets of the same pages apart that forbid different experts: such requests share no batch. `stand_in`: the domain
+    whose set it is, where that is not the task's own.
     """
 
     task: str
     pages: frozenset[int] = frozenset()
     leased: bool = False
     mask: int = 0
+    stand_in: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,12 @@ class Limits:
     patience: int = 2
     order: str = "overlap"
 
+    def __post_init__(self) -> None:
+        if self.order not in ("overlap", "arrival"):
+            raise UsageError(f"the order must be overlap or arrival, not {self.order!r:.40}")
+        if min(self.queue, self.rows, self.tokens, self.lanes) < 1 or min(self.patience, self.slots) < 0:
+            raise UsageError("limits of queue, rows, tokens and lanes are at least 1, patience and slots at least 0")
+
 
 # ---- events; `now` is in seconds of any clock that does not run backwards ----
 
@@ -76,14 +87,26 @@ class Submitted:
     priority: int = 0
     deadline: float | None = None
 
+    def check(self) -> None:
+        """Raise `UsageError` for what cannot be."""
+        if self.step.rows < 1 or self.step.tokens < 1:
+            raise UsageError("a step has at least one row and one token")
+        if not -PRIORITIES <= self.priority <= PRIORITIES:
+            raise UsageError(f"a priority is a whole number from -{PRIORITIES} to {PRIORITIES}, not {self.priority}")
+        if self.deadline is not None and math.isnan(self.deadline):
+            raise UsageError("the deadline is not a number; give seconds from now, or none")
+        if self.deadline is not None and self.deadline <= self.now:
+            raise UsageError("the deadline is not in the future; give seconds from now, or none")
+
 
 @dataclass(frozen=True)
 class Routed:
-    """The answer to `Route`."""
+    """The answer to `Route`. `stand_ins`: sets that may be used where there is no time to read `set`, the best first."""
 
     now: float
     request: int
     set: WorkingSet
+    stand_ins: tuple[WorkingSet, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -68,11 +68,11 @@ class Work(Protocol):
 class Engine(Protocol):
     """What serving needs of a session. Its methods may be called from several threads."""
 
-    def route(self, work: Any) -> WorkingSet:
-        """The pages a request needs. Raises what `Ticket.result` will raise."""
+    def route(self, work: Any) -> tuple[WorkingSet, ...]:
+        """The pages a request needs, then sets that may stand in for them, the best first. Raises what `Ticket.result` will raise."""
 
-    def compute(self, works: Sequence[Any], leased: bool, paged: Callable[[], None]) -> None:
-        """A step of each, all of one working set; calls `paged` once its pages are there, and does not go on if that raises."""
+    def compute(self, works: Sequence[Any], used: WorkingSet, paged: Callable[[], None]) -> None:
+        """A step of each with this working set; calls `paged` once its pages are there, and does not go on if that raises."""
 
     def advise(self, pages: Sequence[int], priority: int, load: bool) -> None:
         """A hint to the pager; never waits."""
@@ -275,14 +275,14 @@ class Serving:
     def _find_route(self, number: int, work: Work) -> None:
         started = time.perf_counter()
         try:
-            found = self._engine.route(work)
+            found, *stand_ins = self._engine.route(work)
         except Exception as error:
             self._faults[number] = fault = _fault(error)
             self._tell(Dropped(time.monotonic(), number, str(fault)))
             self._faults.pop(number, None)  # where it had been cancelled meanwhile
             return
         self._table_s += time.perf_counter() - started
-        self._tell(Routed(time.monotonic(), number, found))
+        self._tell(Routed(time.monotonic(), number, found, tuple(stand_ins)))
 
     # ---- workers, and the watcher ----
 
@@ -328,7 +328,7 @@ class Serving:
                 raise _GivenUpError
 
         try:
-            self._engine.compute(works, page.set.leased, paged)
+            self._engine.compute(works, page.set, paged)
             following = [(number, work.step()) for number, work in zip(page.requests, works, strict=True)]
         except _GivenUpError:
             return Stepped(time.monotonic(), page.batch)

@@ -30,7 +30,7 @@ import edgeml
 from edgeml import native
 from edgeml.batching import BATCH_ROWS, BATCH_TOKENS, batches, checked_arrays
 from edgeml.bundle import Bundle
-from edgeml.errors import BundleError, UsageError
+from edgeml.errors import UsageError
 from edgeml.graph import Graphs
 from edgeml.manifest import ImageStages, Preprocess, Task, TaskStages, load_manifest
 from edgeml.preprocess import TextBatch, TextPreprocessor
@@ -223,29 +223,32 @@ class Session:
         arrays: Mapping[str, NDArray[Any]] | None = None,
         images: Sequence[ImageInput] | None = None,
         resident: ResidentSet | None = None,
+        bias: Floats | None = None,
         deadline: float | None = None,
         priority: int = 0,
         on_end: Callable[[Ticket], None] | None = None,
     ) -> Ticket:
         """Queue what `run` takes, and return at once: `Ticket.result` waits for the answers, `Ticket.cancel` gives them up.
 
-        Requests run in the order that reads fewest pages, within the bounds that `scheduler` states. `deadline`: seconds from now after
-        which nobody wants the answer; `priority` from -100 to 100, 0 as a rule, higher goes first. `on_end(ticket)` is called, by
-        another thread, when it has ended. Raises as `run` for inputs that are wrong, and `UsageError` for such a deadline or priority.
+        Requests run in the order that reads fewest pages, within the bounds that `scheduler` states. `bias` (n, S, E): what `route` said.
+        `deadline`: seconds from now after which nobody wants the answer; `priority` from -100 to 100, 0 as a rule, higher goes first.
+        `on_end(ticket)` is called, by another thread, when it has ended. Raises as `run` for inputs that are wrong, and `UsageError`
+        for such a deadline or priority.
         """
         from edgeml.submission import ImageWork, text_work
 
         chosen = self.task(task)
         with self._call():
             if isinstance(chosen.stages, ImageStages) or images is not None:
-                if (text, texts, pairs, arrays, resident) != (None,) * 5 or images is None:
+                if any(given is not None for given in (text, texts, pairs, arrays, resident, bias)) or images is None:
                     raise UsageError(f"task '{chosen.name}' takes {takes(chosen)}, and nothing beside them")
                 from edgeml.image_requests import image_list
 
                 given = image_list(images)
                 work = ImageWork(chosen, lambda: self.run_many([task], given)[task])
                 return self.serve().submit(work, task, deadline, priority, on_end)
-            queued = text_work(chosen, self._windows(chosen, text, texts, pairs, arrays), checked_set(self.manifest, resident))
+            windows, leased = self._windows(chosen, text, texts, pairs, arrays), checked_set(self.manifest, resident)
+            queued = text_work(chosen, windows, leased, self.manifest, bias)
             return self.serve().submit(queued, task, deadline, priority, on_end)
 
     def serve(self, queue: int = 256, patience: int = 2, order: str = "overlap", rows: int = BATCH_ROWS) -> Serving:
@@ -259,7 +262,7 @@ class Session:
                 if self._sealed:
                     raise UsageError(f"{self.bundle.path}: the session is closed")
                 limits = Limits(self.budget.slots, queue, rows, BATCH_TOKENS, 1, patience, order)
-                engine = SessionEngine(self._working_set, self.resident_set, self._residents.pick, self._run_batch, self._advise)
+                engine = SessionEngine(self._working_set, self._residents, self._run_batch, self._advise)
                 self._serving = Serving(engine, limits)
             return self._serving
 
@@ -288,6 +291,11 @@ class Session:
     def resident_set(self, task: str) -> ResidentSet:
         """The pages a masked request of this task may use under the session's budget. Raises `BudgetError` if a site is left bare."""
         return self._residents.resident_set(task)
+
+    @property
+    def residents(self) -> Residents:
+        """What its resident sets are chosen by."""
+        return self._residents
 
     def settings(self) -> dict[str, Any]:
         """The resolved configuration, as every record carries it."""
@@ -449,25 +457,20 @@ class Session:
                     request.lease(resident.pages)
             paged()
             tensors |= self._graphs.run(stages.embed, tensors, request)
-            if stages.router is not None:
+            if batch.bias is not None:
+                tensors["bias"] = batch.bias
+            elif stages.router is not None:
                 tensors |= self._graphs.run(stages.router, tensors, request)
             else:
                 tensors["bias"] = np.zeros((len(batch.ids), *mask_of(self.manifest, ()).shape), np.float32)
-            if resident is not None:
-                tensors["bias"] = self._masked(task, tensors["bias"], resident)
-            checked_bias(self.manifest, tensors["bias"], len(batch.ids), f"{self.bundle.path}: the router of task '{task.name}'")
+            router = f"{self.bundle.path}: the router of task '{task.name}'"
+            tensors["bias"] = checked_bias(self.manifest, tensors["bias"], len(batch.ids), router, resident)
             tensors |= self._graphs.run(stages.trunk, tensors, request)
             tensors |= self._graphs.run(stages.head, tensors, request)
         counters.add(request, int(batch.mask.sum()), masked)
+        counters.stand_in = (resident and resident.stand_in) or counters.stand_in
         self._residents.ran(task.name, batch, tensors, request, time.perf_counter() - started, masked)
         return tensors
-
-    def _masked(self, task: Task, bias: NDArray[Any], resident: ResidentSet) -> Floats:
-        if bias.dtype != np.float32 or bias.shape[1:] != resident.mask.shape:
-            wanted = ("B", *resident.mask.shape)
-            raise BundleError(f"{self.bundle.path}: the router of task '{task.name}' answers {bias.dtype} {bias.shape} instead of {wanted}")
-        masked: Floats = bias + resident.mask
-        return masked
 
 
 def open(

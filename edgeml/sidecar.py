@@ -7,11 +7,14 @@ EDGEML_STATE names, otherwise next to the bundle. Two parts:
     then          a JSON object in UTF-8, canonical (sorted keys, no spaces)
 
     {"bundle": ID in full, "reading": [bytes, seconds], "computing": [tokens, seconds],
-     "tasks": {name: {"tokens": n, "choices": [[count of expert e at site s] for s in sites], "distances": [...]}}}
+     "tasks": {name: {"tokens": n, "choices": [[count of expert e at site s] for s in sites], "distances": [...]}},
+     "transfer": null, or {"domains": [...], "sets": [[page ...] ...], "scores": [[...] ...], "reference": [...],
+                           "baseline": [...] or null, "examples": [...], "by": "labels" or "agreement"}}
 
 `choices` are counts of what tokens chose when nothing was masked, halved together with `tokens` when they grow old, so no whole
 numbers. `distances` are those of the latest segments from the task's own pattern, at most 64. Rates are of this device: bytes read
-against seconds waited for them, tokens against seconds computed.
+against seconds waited for them, tokens against seconds computed. `transfer` is `resident.Transfer` of at least two of the bundle's
+domains, at most 256; a set's pages ascend and are those of routed experts. A newer one takes its place.
 
 A writer MUST replace the file as a whole (sibling, fsync, rename). It first reads the file again and adds to it, so that what another
 process saved meanwhile stays. A reader MUST check everything before it uses anything, as the file may come from anywhere:
@@ -31,7 +34,7 @@ import os
 import stat
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +44,14 @@ from edgeml.bundle_writer import write_file
 from edgeml.errors import DataError, EdgemlError, InputError, UsageError
 from edgeml.manifest import Manifest
 from edgeml.manifest_reader import is_number
-from edgeml.resident import Meter, Watched
+from edgeml.resident import Meter, Transfer, Watched, all_pages
 from edgeml.strict_json import StrictJsonError, decode_object, encode_object
 
 __all__ = ["Learned", "LearnedTask", "load", "place_of", "save"]
 
 HEAD, VERSION = b"edgeml usage ", 1
 SIZE_LIMIT = 64 << 20
-DISTANCES = 64
+DISTANCES, DOMAINS = 64, 256
 #: Where the past begins to fade: tokens of a task, bytes read, tokens computed.
 TASK_WINDOW, READ_WINDOW, COMPUTE_WINDOW = float(1 << 20), float(1 << 28), float(1 << 12)
 MOST = 1e15
@@ -77,6 +80,7 @@ class Learned:
     tasks: dict[str, LearnedTask] = field(default_factory=dict)
     reading: Meter = field(default_factory=lambda: Meter(window=READ_WINDOW))
     computing: Meter = field(default_factory=lambda: Meter(window=COMPUTE_WINDOW))
+    transfer: Transfer | None = None
 
     def task(self, manifest: Manifest, name: str) -> LearnedTask:
         """That of a task of the bundle, begun when first asked for."""
@@ -93,6 +97,7 @@ class Learned:
                 mine.segment(distance)
         self.reading.add(other.reading.amount, other.reading.seconds)
         self.computing.add(other.computing.amount, other.computing.seconds)
+        self.transfer = other.transfer or self.transfer
 
 
 def place_of(bundle_path: Path, bundle_id: str, state: str | os.PathLike[str] | None = None) -> Path:
@@ -145,6 +150,7 @@ def _document(bundle_id: str, learned: Learned) -> dict[str, Any]:
             }
             for name, task in learned.tasks.items()
         },
+        "transfer": None if learned.transfer is None else asdict(learned.transfer),
     }
 
 
@@ -187,7 +193,7 @@ def _parse(content: bytes, where: str, bundle_id: str, manifest: Manifest) -> Le
         raise Damaged(f"{where}: {error}") from None
     if document.get("bundle") != bundle_id:
         raise DataError(f"{where}: this is the usage of another bundle; delete it or name another folder with EDGEML_STATE")
-    _check_keys(document, {"bundle", "reading", "computing", "tasks"}, where)
+    _check_keys(document, {"bundle", "reading", "computing", "tasks", "transfer"}, where)
     reading, computing = (_meter(document[key], f"{where}: {key}", window) for key, window in
                           (("reading", READ_WINDOW), ("computing", COMPUTE_WINDOW)))  # fmt: skip
     tasks = document["tasks"]
@@ -197,7 +203,9 @@ def _parse(content: bytes, where: str, bundle_id: str, manifest: Manifest) -> Le
     for name in tasks:
         if name not in known:
             raise Damaged(f"{where}: the bundle has no task {name!r:.80}")
-    return Learned({name: _task(entry, f"{where}: task '{name}'", manifest) for name, entry in tasks.items()}, reading, computing)
+    found = {name: _task(entry, f"{where}: task '{name}'", manifest) for name, entry in tasks.items()}
+    transfer = None if document["transfer"] is None else _transfer(document["transfer"], f"{where}: transfer", manifest)
+    return Learned(found, reading, computing, transfer)
 
 
 def _task(entry: Any, where: str, manifest: Manifest) -> LearnedTask:
@@ -216,6 +224,38 @@ def _task(entry: Any, where: str, manifest: Manifest) -> LearnedTask:
         raise Damaged(f"{where}: distances is no list of at most {DISTANCES}")
     distances = _numbers(entry["distances"], f"{where}: distances", len(entry["distances"]), 1)
     return LearnedTask(Watched(choices, tokens, TASK_WINDOW), distances)
+
+
+def _transfer(entry: Any, where: str, manifest: Manifest) -> Transfer:
+    _check_keys(entry, {each.name for each in fields(Transfer)}, where)
+    names, sets, scores = entry["domains"], entry["sets"], entry["scores"]
+    known = {task.domain for task in manifest.tasks}
+    if not _is_list(names) or not 2 <= len(names) <= DOMAINS or len(set(map(str, names))) < len(names):
+        raise Damaged(f"{where}: domains is no list of 2 to {DOMAINS} different names")
+    if any(not isinstance(name, str) or name not in known for name in names):
+        raise Damaged(f"{where}: it is about a domain that the bundle has not")
+    if not _is_list(sets, len(names)) or not _is_list(scores, len(names)):
+        raise Damaged(f"{where}: sets or scores is no list of {len(names)} rows")
+    pages = all_pages(manifest.sites)
+    for row in sets:
+        if not _is_list(row) or any(type(page) is not int or page not in pages for page in row) or row != sorted(set(row)):
+            raise Damaged(f"{where}: a set is no ascending list of pages of routed experts")
+    examples = _numbers(entry["examples"], f"{where}: examples", len(names), MOST)
+    if entry["by"] not in ("labels", "agreement") or any(count != int(count) for count in examples):
+        raise Damaged(f"{where}: by is labels or agreement, and examples are whole numbers")
+
+    def shares(row: Any) -> tuple[float, ...]:
+        return tuple(_numbers(row, f"{where}: scores", len(names), 1))
+
+    baseline = None if entry["baseline"] is None else shares(entry["baseline"])
+    table = tuple(map(shares, scores))
+    return Transfer(
+        tuple(names), tuple(map(tuple, sets)), table, shares(entry["reference"]), baseline, tuple(map(int, examples)), entry["by"]
+    )
+
+
+def _is_list(value: Any, length: int | None = None) -> bool:
+    return isinstance(value, list) and length in (None, len(value))
 
 
 def _meter(value: Any, where: str, window: float) -> Meter:

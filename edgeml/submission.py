@@ -8,6 +8,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,22 +16,29 @@ from numpy.typing import NDArray
 from edgeml.batching import BATCH_ROWS, BATCH_TOKENS, batches, joined
 from edgeml.manifest import ImageStages, Manifest, Task
 from edgeml.preprocess import TextBatch
+from edgeml.residency import Residents
 from edgeml.result import Counters, Result
-from edgeml.router import ResidentSet, resident_set
+from edgeml.router import ResidentSet, checked_bias, resident_set
 from edgeml.scheduler_events import Step, WorkingSet
 from edgeml.store import Budget
 
 __all__ = ["ImageWork", "SessionEngine", "TextWork", "text_work", "working_set"]
+
+BIASED = 1 << 32  # in `WorkingSet.mask`, above the checksum of a mask
 
 Floats = NDArray[np.float32]
 Batches = Iterable[tuple[NDArray[np.intp], TextBatch]]
 
 
 class TextWork:
-    """Texts of one task: `batches` with the rows each came from, of `truncated` rows in all. `resident`: a set other than the task's."""
+    """Texts of one task: `batches` with the rows each came from, of `truncated` rows in all. `resident`: a set other than the task's.
+
+    `leases`: the sets it may be run with, by the domain they stand in from, "" for its own.
+    """
 
     def __init__(self, task: Task, batches: Batches, truncated: Sequence[bool], resident: ResidentSet | None) -> None:
-        self.task, self.resident = task, resident
+        self.task = task
+        self.leases: dict[str, ResidentSet] = {} if resident is None else {"": resident}
         self.until: float | None = None
         self._left = deque(batches)
         self._parts: list[tuple[NDArray[np.intp], Floats]] = []
@@ -40,6 +48,11 @@ class TextWork:
     def batch(self) -> TextBatch | None:
         """The step that comes next."""
         return self._left[0][1] if self._left else None
+
+    @property
+    def biased(self) -> bool:
+        """Whether a router was asked before."""
+        return self.batch is not None and self.batch.bias is not None
 
     def step(self) -> Step | None:
         return Step(*self._left[0][1].ids.shape) if self._left else None
@@ -53,6 +66,7 @@ class TextWork:
         own.page_in_bytes, own.page_wait_s = own.page_in_bytes + counters.page_in_bytes, own.page_wait_s + counters.page_wait_s
         own.tokens += int(batch.mask.sum())
         own.masked_tokens += int(batch.mask.sum()) if counters.masked_tokens else 0
+        own.stand_in = counters.stand_in or own.stand_in
         for row in rows:
             self._result.row_s[row] = row_s
 
@@ -86,13 +100,18 @@ class ImageWork:
         return self._result
 
 
-def text_work(task: Task, windows: Iterable[TextBatch], resident: ResidentSet | None) -> TextWork:
-    """The texts of these windows, one after the other, cut into batches."""
+def text_work(
+    task: Task, windows: Iterable[TextBatch], resident: ResidentSet | None, manifest: Manifest, bias: Floats | None = None
+) -> TextWork:
+    """The texts of these windows, one after the other, cut into batches. Raises `BundleError` for a `bias` that is no router's."""
     cut: list[tuple[NDArray[np.intp], TextBatch]] = []
     truncated: list[bool] = []
     for window in windows:
         cut += [(rows + len(truncated), batch) for rows, batch in batches(window)]
         truncated += window.truncated
+    if bias is not None:
+        given = checked_bias(manifest, bias, len(truncated), f"the router before task '{task.name}'")
+        cut = [(rows, replace(batch, bias=given[rows])) for rows, batch in cut]
     return TextWork(task, cut, truncated, resident)
 
 
@@ -108,34 +127,41 @@ def working_set(manifest: Manifest, task: Task, budget: Budget, leased: Resident
 class SessionEngine:
     """What `serving.Serving` needs, out of a session's methods.
 
-    `working_set` gives a task's; `resident_set` the set that is leased with its mask; `pick` the set of a batch that has so many seconds
-    left, or none (`residency`); `run_batch` answers a batch of a task.
+    `working_set` gives a task's; `residents` the sets that are leased, those that may stand in for them, and that of a batch which has
+    so many seconds left, or none (`residency`); `run_batch` answers a batch of a task.
     """
 
     def __init__(
         self,
         working_set: Callable[[Task], WorkingSet],
-        resident_set: Callable[[str], ResidentSet],
-        pick: Callable[[str, ResidentSet | None, float | None], Callable[[TextBatch], ResidentSet | None]],
+        residents: Residents,
         run_batch: Callable[[Task, TextBatch, ResidentSet | None, Counters, Callable[[], None]], Floats],
         advise: Callable[[Sequence[int], int, bool], None],
     ) -> None:
-        self._working_set, self._resident_set, self._pick = working_set, resident_set, pick
+        self._working_set, self._residents = working_set, residents
         self._run_batch, self._advise = run_batch, advise
 
-    def route(self, work: TextWork | ImageWork) -> WorkingSet:
-        """The working set of the task, or the one the request came with."""
+    def route(self, work: TextWork | ImageWork) -> tuple[WorkingSet, ...]:
+        """The working set of the task, or the one the request came with, and for a request with a deadline what may stand in for it.
+
+        Requests with a bias share no batch with those without.
+        """
         if isinstance(work, ImageWork):
-            return self._working_set(work.task)
-        if work.resident is None:
+            return (self._working_set(work.task),)
+        mask, name = BIASED if work.biased else 0, work.task.name
+        if not work.leases:
             found = self._working_set(work.task)
             if not found.leased:
-                return found
-            work.resident = self._resident_set(work.task.name)  # kept: the task's own may have changed when it runs
-        mask = zlib.crc32(np.ascontiguousarray(work.resident.mask).tobytes())
-        return WorkingSet(work.task.name, frozenset(work.resident.pages), leased=True, mask=mask)
+                return (replace(found, mask=mask) if mask else found,)
+            work.leases[""] = self._residents.resident_set(name)  # kept: the task's own may have changed when it runs
+            if work.until is not None:
+                work.leases |= {each.stand_in: each for each in self._residents.stand_ins(name)}
+        return tuple(
+            WorkingSet(name, frozenset(each.pages), True, mask + zlib.crc32(np.ascontiguousarray(each.mask).tobytes()), each.stand_in)
+            for each in work.leases.values()
+        )
 
-    def compute(self, works: Sequence[TextWork | ImageWork], leased: bool, paged: Callable[[], None]) -> None:
+    def compute(self, works: Sequence[TextWork | ImageWork], used: WorkingSet, paged: Callable[[], None]) -> None:
         """A step of each. Answers are kept once all of them are there."""
         first = works[0]
         if isinstance(first, ImageWork):
@@ -149,7 +175,7 @@ class SessionEngine:
             paged()
             return
         together = joined(batches)
-        resident = texts[0].resident if leased else self._in_time(first.task, together, texts)
+        resident = texts[0].leases[used.stand_in] if used.leased else self._in_time(first.task, together, texts)
         started = time.perf_counter()
         answers = self._run_batch(first.task, together, resident, counters, paged)
         row_s = (time.perf_counter() - started) / len(answers)
@@ -163,7 +189,7 @@ class SessionEngine:
         deadlines = [work.until for work in works if work.until is not None]
         if not deadlines:
             return None
-        return self._pick(task.name, None, max(min(deadlines) - time.monotonic(), 1e-6))(batch)
+        return self._residents.pick(task.name, None, max(min(deadlines) - time.monotonic(), 1e-6))(batch)
 
     def advise(self, pages: Sequence[int], priority: int, load: bool) -> None:
         """A hint to the pager."""

@@ -9,15 +9,17 @@ Lines from the parent, at most 1 MiB each, UTF-8; unknown keys are refused, blan
     {"id": 10, "texts": ["fog", "sun"]}                                 where the bundle has a router: it finds the tasks
     {"cancel": 7}
 
-`id` is a string or a whole number, not that of a request under way. `deadline_s` counts from when the line is read. Each request gets
-one line, when it ends, so lines come in another order than the requests; a cancelled one too, unless its answer was there first:
+`id` is a string or a whole number, not that of a request under way. `deadline_s` counts from when its text has become tokens. Each
+request gets one line, when it ends, so lines come in another order; a cancelled one too, unless its answer was there first:
 
-    {"id": 7, "state": "done", "task": "weather", "results": [{"task", "label", "score", "scores", "latency_s"}], "latency_s": 0.012}
+    {"id": 7, "state": "done", "task": "weather", "results": [{"task", "label", "score", "scores", "latency_s"}], "latency_s": 0.012,
+     "stand_in": null}
     {"id": "b", "state": "failed", "error": "its deadline passed before it could run"}
     {"id": 8, "state": "refused", "error": "the queue is full (256 requests wait); try again later"}
     {"id": null, "line": 12, "state": "refused", "error": "not JSON (Expecting value at character 0)"}
 
-`results` are those of `edgeml run --json`: a label or a vector an input, in input order. A request that named no task has an answer
+`results` are those of `edgeml run --json`: a label or a vector an input, in input order. `stand_in` names the domain whose resident
+set stood in because its deadline left no time to read its own (`transfer`). A request that named no task has an answer
 from each task of the group that its input was sent to, with "input", "group" and "group_score", and "task" is null; it waits for all
 of them, and fails as the first of them that fails. Nothing else is written to standard output.
 At the end of input all requests are answered, then it ends with code 0. SIGTERM and SIGINT: what waits is cancelled, what runs is
@@ -37,11 +39,12 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import click
+import numpy as np
 
 from edgeml.autoroute import Choice
 from edgeml.commands._answers import answers_of
@@ -220,7 +223,7 @@ class _Desk:
         choices: list[Choice] | None = None
         if task is None and manifest.router is not None and "images" not in inputs:
             choices = self._session.route(**inputs)
-            parts = _parts(choices)
+            parts = list(_parts(inputs, choices))
         else:
             names = sorted(each.name for each in manifest.tasks)
             if task is None and len(names) > 1:
@@ -228,7 +231,7 @@ class _Desk:
             chosen = choose_task(manifest, task, str(self._session.bundle.path))
             if chosen.dense:
                 raise UsageError(f"task '{chosen.name}' answers a map, which is no JSON: use edgeml run --output")
-            parts = {chosen.name: None}
+            parts = [(chosen.name, [], inputs)]
         order = _Order(name, choices)
         with self._lock:
             if name in self._under_way:
@@ -237,10 +240,8 @@ class _Desk:
             order.left = len(parts) + 1  # one for this thread, so that it does not end before all of it is under way
         urgency = {"deadline": document.get("deadline_s"), "priority": document.get("priority", 0)}
         try:
-            for one, rows in parts.items():
-                given = inputs if rows is None else {key: [values[row] for row in rows] for key, values in inputs.items()}
-                ticket = self._session.submit(one, **given, **urgency, on_end=lambda _: self._ended(order))
-                order.tickets.append((ticket, rows or []))
+            for one, rows, given in parts:
+                order.tickets.append((self._session.submit(one, **given, **urgency, on_end=lambda _: self._ended(order)), rows))
         except BaseException:
             with self._lock:
                 del self._under_way[name]
@@ -289,7 +290,9 @@ class _Desk:
             about = [{"input": row, "group": choice.group, "group_score": choice.score} for row, choice in enumerate(order.choices)]
             answers = sorted(((row, about[row] | answer) for row, answer in answers), key=lambda each: each[0])
         task = None if order.choices is not None else order.tickets[0][0].task
-        return {"task": task, "results": [answer for _, answer in answers], "latency_s": max((r.latency_s for r in results), default=0.0)}
+        latency_s = max((result.latency_s for result in results), default=0.0)
+        stand_in = next((result.counters.stand_in for result in results if result.counters.stand_in), None)
+        return {"task": task, "results": [answer for _, answer in answers], "latency_s": latency_s, "stand_in": stand_in}
 
     def _refuse(self, name: str | int | None, error: str, number: int) -> None:
         where = {"line": number} if name is None else {}
@@ -344,15 +347,16 @@ def _name(value: Any, key: str) -> str | int:
     return value
 
 
-def _parts(choices: Sequence[Choice]) -> dict[str, list[int] | None]:
-    """Of each task that is to answer, the inputs that go to it."""
-    found: dict[str, list[int] | None] = {}
+def _parts(inputs: Mapping[str, Any], choices: Sequence[Choice]) -> Iterator[tuple[str, list[int], dict[str, Any]]]:
+    """The tasks that are to answer, each with the numbers of its inputs and what it is given; inputs with and without a bias apart."""
+    found: dict[tuple[str, bool], list[int]] = {}
     for row, choice in enumerate(choices):
         for task in choice.tasks:
-            rows = found.setdefault(task, [])
-            assert rows is not None
-            rows.append(row)
-    return found
+            found.setdefault((task, choice.bias is not None), []).append(row)
+    for (task, _), rows in found.items():
+        given = {key: [values[row] for row in rows] for key, values in inputs.items()}
+        biases = [bias for row in rows if (bias := choices[row].bias) is not None]
+        yield task, rows, given | ({"bias": np.stack(biases)} if biases else {})
 
 
 def _state(order: _Order) -> str:

@@ -119,6 +119,71 @@ def test_with_a_bias_the_tasks_of_a_group_share_a_pass(plain: Path, weights: NDA
         assert one <= session.stats()["hits"] + session.stats()["misses"] - before - one + LAYERS * EXPERTS // 2
 
 
+@pytest.fixture
+def biased(plain: Path, weights: NDArray[np.float32], tmp_path: Path) -> tuple[Path, Path]:
+    """A bundle whose router forbids some experts, and one whose sky tasks do so themselves."""
+    table = np.zeros((2, LAYERS, EXPERTS), np.float32)
+    table[0, :, ::3] = -np.inf
+    path = routed(plain, tmp_path / "b.edgeml", router_page(weights, table), biased=True)
+    both_sky = np.stack([weights[:, 0]] * 2, 1)
+    return path, routed(plain, tmp_path / "h.edgeml", router_page(both_sky, table), biased=True, edit=use_as_router)
+
+
+def test_the_biases_of_a_group_and_of_a_resident_set_add(biased: tuple[Path, Path]) -> None:
+    with edgeml.open(biased[0], memory="50%", residency="masked") as session, edgeml.open(biased[1]) as told:
+        answer = session.run_auto(texts=TEXTS)
+        for task in GROUPS[0]["tasks"]:
+            texts = [TEXTS[row] for row in answer.rows[task]]
+            expected = told.run(task, texts=texts, resident=session.resident_set(task))
+            np.testing.assert_allclose(answer.results[task].scores, expected.scores, atol=1e-6)
+            assert not np.allclose(expected.scores, session.run(task, texts=texts).scores, atol=1e-3), "this bias says nothing"
+        assert answer.counters.masked_tokens > 0
+
+
+@pytest.mark.parametrize("residency", ["exact", "masked"])
+def test_submitted_requests_are_run_with_the_bias_of_their_route(biased: tuple[Path, Path], residency: str) -> None:
+    """Beside requests that name the task, whose batch they must not share."""
+    with edgeml.open(biased[0], memory="50%", residency=residency, threads=1) as session:
+        expected, choices = session.run_auto(texts=TEXTS), session.route(texts=TEXTS)
+        rows = expected.rows["weather"]
+        session.submit("weather", texts=TEXTS * 50)
+        named = [session.submit("weather", TEXTS[row]) for row in rows]
+        given = [session.submit("weather", TEXTS[row], bias=choices[row].bias[None]) for row in rows if choices[row].bias is not None]
+        assert len(given) == len(rows)
+        for place, (ticket, other) in enumerate(zip(given, named, strict=True)):
+            np.testing.assert_allclose(ticket.result(60).scores, expected.results["weather"].scores[place : place + 1], atol=1e-5)
+            np.testing.assert_allclose(other.result(60).scores, session.run("weather", TEXTS[rows[place]]).scores, atol=1e-5)
+
+
+def test_a_bias_that_fits_no_request_is_refused_at_once(plain: Path) -> None:
+    nothing = np.zeros((1, LAYERS, EXPERTS), np.float32)
+    with edgeml.open(plain, threads=1) as session:
+        for bias in (nothing[0], np.repeat(nothing, 2, 0), nothing.astype(np.float64), nothing * np.nan, nothing + np.inf):
+            with pytest.raises(BundleError, match="the router before task 'weather' answers a bias"):
+                session.submit("weather", "fog", bias=bias)
+        assert session.submit("weather", "fog", bias=nothing).result(60).labels
+
+
+def test_a_bias_and_a_set_that_leave_nothing_are_one_sentence(weights: NDArray[np.float32], tmp_path: Path) -> None:
+    """The router allows one half of the experts, the resident set another."""
+    make_mixture(tmp_path / "plain.edgeml", tasks=TASKS, shared=0)
+    with edgeml.open(tmp_path / "plain.edgeml", memory="50%", residency="masked") as session:
+        held = session.resident_set("weather").mask
+    table = np.zeros((2, LAYERS, EXPERTS), np.float32)
+    table[0, 1] = np.where(held[1] == 0, -np.inf, 0)
+    path = routed(tmp_path / "plain.edgeml", tmp_path / "m.edgeml", router_page(weights, table), True)
+    with edgeml.open(path, memory="50%", residency="masked", threads=1) as session:
+        choices = session.route(texts=TEXTS)
+        (row, *_) = [row for row, choice in enumerate(choices) if choice.group == "sky"]
+        sentence = r"the router of task 'weather', under its resident set, leaves no expert of site 'layer.1' to choose"
+        with pytest.raises(BundleError, match=sentence):
+            session.run_auto(texts=TEXTS)
+        faulty = session.submit("weather", TEXTS[row], bias=np.stack([choices[row].bias]))
+        assert session.submit("weather", TEXTS[row]).result(60).labels
+        with pytest.raises(BundleError, match=sentence):
+            faulty.result(60)
+
+
 def use_as_router(manifest: dict[str, Any]) -> None:
     """Each sky task's own router becomes the router's bias."""
     manifest["stages"].append({**manifest["stages"][-1], "name": "bias_only", "outputs": ["bias"]})
@@ -326,8 +391,10 @@ def served(bundle: Path, lines: list[dict[str, Any]], *options: str) -> dict[Any
     return {said["id"]: said for said in map(json.loads, done.stdout.splitlines())}
 
 
-@pytest.mark.parametrize("residency", ["exact", "masked"])
-def test_a_parent_process_may_leave_the_task_to_the_router(bundle: Path, residency: str) -> None:
+@pytest.mark.parametrize("residency", ["exact", "masked", "biased"])
+def test_a_parent_process_may_leave_the_task_to_the_router(bundle: Path, biased: tuple[Path, Path], residency: str) -> None:
+    if residency == "biased":
+        bundle, residency = biased[0], "exact"
     options = ["--residency", residency, "--memory", "50%"]
     lines = [{"id": "all", "texts": TEXTS}, {"id": 1, "text": TEXTS[0], "priority": 3}, {"id": 2, "task": "mood", "text": "fog"}]
     said = served(bundle, [*lines, {"id": "none", "texts": []}], *options)

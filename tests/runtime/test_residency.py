@@ -132,6 +132,7 @@ def test_a_mask_comes_only_when_a_deadline_would_be_missed(toy: Path, state: Pat
         assert session.run("weather", texts=TEXTS, deadline_s=60).counters.masked_tokens == 0
         known = session._residents._known
         known.computing, known.reading = Meter(1e12, 1), Meter(1, 1e6)
+        session._context.settle()
         session.evict_all()
         late = session.run("weather", texts=TEXTS, deadline_s=10)
         assert late.counters.masked_tokens == late.counters.tokens > 0
@@ -147,9 +148,11 @@ def test_submitted_requests_are_masked_for_their_deadlines_too(toy: Path, state:
         assert session.submit("weather", texts=TEXTS, deadline=600).result(60).counters.masked_tokens == 0
         known = session._residents._known
         known.computing, known.reading = Meter(1e12, 1), Meter(1, 1e6)
+        session._context.settle()
         session.evict_all()
         assert session.submit("weather", texts=TEXTS).result(60).counters.masked_tokens == 0, "without a deadline nothing is masked"
         known.computing, known.reading = Meter(1e12, 1), Meter(1, 1e6)
+        session._context.settle()
         session.evict_all()
         late = session.submit("weather", texts=TEXTS, deadline=30).result(60)
         assert late.counters.masked_tokens == late.counters.tokens > 0
@@ -159,6 +162,7 @@ def test_where_computing_alone_is_too_late_a_mask_leaves_the_whole_set(toy: Path
     with hybrid(toy, state) as session:
         session.run("weather", texts=TEXTS)
         pages = session.resident_set("weather").pages
+        session._context.settle()
         session.evict_all()
         session.run("weather", texts=TEXTS, deadline_s=1e-9)
         assert set(session.stats()["resident"]) == set(pages)
@@ -175,6 +179,7 @@ def test_no_deadline_masks_what_is_in_memory(toy: Path, state: Path) -> None:
 def test_a_site_without_shared_experts_is_never_left_bare(rebuild: Any, state: Path) -> None:
     path = rebuild(change=lambda manifest: [site.update(shared=[]) for site in manifest["sites"]])
     with hybrid(path, state) as session:
+        session._context.settle()
         session.evict_all()
         assert len(session.run("weather", texts=TEXTS, deadline_s=1e-6).labels) == len(TEXTS)
 

@@ -1,16 +1,12 @@
-"""The scheduler as a table: short stories whose instructions are known, then random ones in which nothing may be lost, doubled, starved
-or held beyond the budget."""
+"""The scheduler as a table: short stories whose instructions are known. Random ones stand in `test_scheduler_random`."""
 
 from __future__ import annotations
 
 import math
-import random
-from collections import Counter
-from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from scheduler_table import FULL, A, B, C, ends, table
 
 from edgeml.errors import UsageError
 from edgeml.scheduler import Scheduler
@@ -21,7 +17,6 @@ from edgeml.scheduler_events import (
     Dropped,
     End,
     Event,
-    Instruction,
     Limits,
     Page,
     Paged,
@@ -35,61 +30,6 @@ from edgeml.scheduler_events import (
     Ticked,
     WorkingSet,
 )
-
-A = WorkingSet("a", frozenset({1, 2}), leased=True)
-B = WorkingSet("b", frozenset({3, 4}), leased=True)
-C = WorkingSet("c", frozenset({4, 5}), leased=True)
-FULL = Step(32, 32)  # nothing fits beside it
-
-
-@dataclass
-class Table:
-    """A scheduler that validates itself after every event, and what it said last."""
-
-    scheduler: Scheduler
-    now: float = 0.0
-    numbers: int = 0
-    said: list[Instruction] = field(default_factory=list)
-
-    def tell(self, event: Event) -> list[Instruction]:
-        self.said = self.scheduler.handle(event)
-        self.scheduler.validate()
-        return self.said
-
-    def submit(self, kind: WorkingSet, step: Step = FULL, priority: int = 0, deadline: float | None = None) -> int:
-        number, self.numbers = self.numbers, self.numbers + 1
-        assert self.tell(Submitted(self.now, number, step, priority, deadline)) == [Route(number)]
-        self.tell(Routed(self.now, number, kind))
-        return number
-
-    def pages(self) -> list[Page]:
-        return [each for each in self.said if isinstance(each, Page)]
-
-    def finish(self, batch: int, seconds: float = 1.0) -> list[Page]:
-        """Page a batch in and compute it; returns what begins after it."""
-        self.tell(Paged(self.now, batch))
-        assert Run(batch) in self.said
-        self.now += seconds
-        self.tell(Stepped(self.now, batch))
-        return self.pages()
-
-    def order(self, batch: int) -> list[tuple[int, ...]]:
-        """The requests of all batches from this one on, until nothing is left."""
-        requests = []
-        begun = self.pages()
-        while begun:
-            requests.append(begun[0].requests)
-            begun = self.finish(begun[0].batch)
-        assert self.scheduler.idle()
-        return requests
-
-
-def table(slots: int = 4, **limits: int | str) -> Table:
-    return Table(Scheduler(Limits(slots=slots, **limits)))  # type: ignore[arg-type]
-
-
-def ends(said: list[Instruction]) -> list[tuple[int, State, str]]:
-    return [(each.request, each.state, each.reason) for each in said if isinstance(each, End)]
 
 
 def test_a_request_from_queue_to_answer() -> None:
@@ -343,6 +283,20 @@ def test_a_deadline_that_has_come_ends_a_request_without_another_event() -> None
     assert scheduler.due() is None
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_deadline_that_comes_while_a_step_runs_ends_what_follows_it(broken: bool) -> None:
+    """Also where a tick has told of it meanwhile."""
+    t = table()
+    first = t.submit(A, Step(), deadline=5)
+    t.submit(A)
+    t.tell(Paged(0, 0))
+    t.tell(Ticked(6))
+    assert ends(t.said) == []
+    t.tell(Broken(7, 0, "no") if broken else Stepped(7, 0, {first: Step()}))
+    assert ends(t.said) == [(first, State.FAILED, "no" if broken else "its deadline passed before it could run")]
+    assert len(t.pages()) == 1
+
+
 def test_the_dead_do_not_fill_the_queue() -> None:
     scheduler = Scheduler(Limits(slots=4, queue=1))
     scheduler.handle(Submitted(0, 0, deadline=1))
@@ -359,156 +313,83 @@ def test_deadlines_of_ended_requests_are_let_go() -> None:
     assert len(scheduler._deadlines) < 3000
 
 
-# ---- random stories ----
+# ---- stand-ins ----
 
-SETS = [
-    WorkingSet(task, frozenset(pages), leased)
-    for task, pages, leased in [
-        ("a", (0, 1, 2), True), ("b", (2, 3), True), ("c", (4, 5, 6), True), ("d", (0, 6), True), ("e", (1, 3, 5), False), ("f", (), False),
-        ("g", tuple(range(9)), True),
-    ]
-]  # fmt: skip
+OTHER = WorkingSet("b", frozenset({1, 2}), leased=True, mask=7, stand_in="other")
+FAR = WorkingSet("b", frozenset({5, 6}), leased=True, mask=8, stand_in="far")
 
 
-@dataclass
-class World:
-    """Plays the driver for a table, at random, and keeps books of its own on what the table promises."""
-
-    table: Table
-    ended: Counter[int] = field(default_factory=Counter)
-    routing: list[int] = field(default_factory=list)
-    paging: list[Page] = field(default_factory=list)
-    running: list[Page] = field(default_factory=list)
-    waiting: dict[int, tuple[int, int]] = field(default_factory=dict)  # routed: (its turn, the batches that may begin before it)
-    turns: int = 0
-
-    def tell(self, event: Event) -> None:
-        limits, leased = self.table.scheduler.limits, {page for each in self.paging + self.running for page in pages_of(each)}
-        for said in self.table.tell(event):
-            match said:
-                case Route():
-                    self.routing.append(said.request)
-                case End():
-                    self.ended[said.request] += 1
-                    self.waiting.pop(said.request, None)
-                    self.routing = [number for number in self.routing if number != said.request]
-                case Page():
-                    self.begin(said)
-                    leased = {page for each in self.paging + self.running for page in pages_of(each)}
-                    assert len(leased) <= limits.slots
-                case Run():
-                    (page,) = [each for each in self.paging if each.batch == said.batch]
-                    self.paging.remove(page)
-                    self.running.append(page)
-                case Advise(load=True):
-                    leased = {page for each in self.paging + self.running for page in pages_of(each)}
-                    assert len(leased | set(said.pages)) <= limits.slots
-
-    def begin(self, page: Page) -> None:
-        assert all(number in self.waiting for number in page.requests), "a request runs that does not wait"
-        for number in page.requests:
-            del self.waiting[number]
-        for number, (turn, left) in self.waiting.items():
-            assert left > 0, f"request {number} waits beyond the bound"
-            self.waiting[number] = turn, left - 1
-        self.paging.append(page)
-
-    def wait(self, number: int) -> None:
-        """A bound the table does not compute: all that were ahead, as many later ones again, and the patience."""
-        ahead = len(self.waiting)
-        self.waiting[number] = self.turns, 2 * ahead + self.table.scheduler.limits.patience
-        self.turns += 1
-
-
-def pages_of(page: Page) -> frozenset[int]:
-    return page.set.pages if page.set.leased else frozenset()
-
-
-def play(rng: random.Random, limits: Limits) -> None:
-    world = World(Table(Scheduler(limits)))
-    t = world.table
-
-    def draw(most: int) -> int:
-        return rng.randint(0, most)
-
-    for _ in range(draw(40)):
-        action = draw(9)
-        t.now += draw(3)
-        if action <= 3:
-            deadline = t.now + draw(20) + 1 if draw(3) == 0 else None
-            world.tell(Submitted(t.now, t.numbers, Step(draw(31) + 1, draw(63) + 1), draw(4) - 2, deadline))
-            t.numbers += 1
-        elif action <= 5 and world.routing:
-            route(world, world.routing.pop(draw(len(world.routing) - 1)), SETS[draw(len(SETS) - 1)])
-        elif action == 9:
-            world.tell(Ticked(t.now))
-        elif action == 6 and t.numbers:
-            world.tell(Cancelled(t.now, draw(t.numbers - 1)))
-        else:
-            advance(world, draw)
-    while world.routing or world.paging or world.running:  # to the end
-        if world.routing:
-            route(world, world.routing.pop(), SETS[0])
-        else:
-            advance(world, lambda _: 0)
+def read_and_computed(*, page_s: float = 1, compute_s: float = 1) -> Any:
+    """A table that has read the two pages of a and computed with them."""
+    t = table(slots=2)
+    t.submit(A)
+    t.now += 2 * page_s
+    t.tell(Paged(t.now, 0))
+    t.now += compute_s
+    t.tell(Stepped(t.now, 0))
     assert t.scheduler.idle()
-    assert not world.waiting
-    assert world.ended == Counter(range(t.numbers)), "a request was lost or ended twice"
-    stats = t.scheduler.stats
-    assert stats["submitted"] == t.numbers == stats["done"] + stats["failed"] + stats["refused"]
+    return t
 
 
-def route(world: World, number: int, kind: WorkingSet) -> None:
-    t = world.table
-    if not (kind.leased and len(kind.pages) > t.scheduler.limits.slots):
-        world.wait(number)
-    world.tell(Routed(t.now, number, kind))
+def test_another_set_stands_in_where_reading_the_own_one_would_be_late() -> None:
+    t = read_and_computed()
+    late = t.submit(B, deadline=t.now + 2.5, stand_ins=(FAR, OTHER))  # reading b takes 2 and computing 1
+    assert t.pages() == [Page(1, (late,), OTHER)], "far helps more, but has to be read as well"
+    t.finish(1)
+    assert t.scheduler.stats["stand_ins"] == 1
 
 
-def advance(world: World, draw: object) -> None:
-    """One batch goes a step further, or breaks."""
-    assert callable(draw)
-    t, fate = world.table, draw(5)
-    if world.paging:
-        page = world.paging[draw(len(world.paging) - 1)]
-        if fate == 5:
-            leave(world, page, world.paging)
-            world.tell(Broken(t.now, page.batch, "no"))
-            return
-        world.tell(Paged(t.now, page.batch))
-        if page in world.paging:  # nobody was left to run
-            world.paging.remove(page)
-            world.tell(Stepped(t.now, page.batch))
-    elif world.running:
-        page = world.running[draw(len(world.running) - 1)]
-        if fate == 5:
-            leave(world, page, world.running)
-            world.tell(Broken(t.now, page.batch, "no"))
-            return
-        world.running.remove(page)
-        more = {number: Step(draw(31) + 1) for number in page.requests if fate == 4}
-        for number in more:
-            if world.table.scheduler.state(number) is not None:
-                world.wait(number)
-        world.tell(Stepped(t.now, page.batch, more))
+@pytest.mark.parametrize(
+    ("kind", "left", "stand_ins"),
+    [(B, 3.5, (OTHER,)), (B, None, (OTHER,)), (B, 2.5, ()), (B, 2.5, (FAR,)), (B, 0.5, (OTHER,)), (A, 0.5, (OTHER,))],
+    ids=["in time", "no deadline", "none", "none in time", "computing alone is late", "own set is there"],
+)
+def test_no_set_stands_in(kind: WorkingSet, left: float | None, stand_ins: tuple[WorkingSet, ...]) -> None:
+    t = read_and_computed()
+    t.submit(kind, deadline=None if left is None else t.now + left, stand_ins=stand_ins)
+    assert [page.set for page in t.pages()] == [kind]
+    assert t.scheduler.stats["stand_ins"] == 0
 
 
-def leave(world: World, page: Page, place: list[Page]) -> None:
-    """A batch breaks; each of several requests keeps its place, and those behind it may see it begin once more."""
-    place.remove(page)
-    if len(page.requests) > 1:
-        world.waiting = {number: (turn, left + len(page.requests)) for number, (turn, left) in world.waiting.items()}
-        for number in page.requests:
-            if world.table.scheduler.state(number) is not None:
-                world.waiting[number] = 0, 10**9
+def test_nothing_stands_in_before_a_page_was_read_or_in_order_of_arrival() -> None:
+    t = table(slots=2)
+    t.submit(B, deadline=t.now + 1e-6, stand_ins=(OTHER,))
+    assert [page.set for page in t.pages()] == [B]
+    arrival = table(slots=2, order="arrival")
+    arrival.submit(A)
+    arrival.now += 2
+    assert not arrival.finish(0)
+    arrival.submit(B, deadline=arrival.now + 1, stand_ins=(OTHER,))
+    assert [page.set for page in arrival.pages()] == [B]
 
 
-@pytest.mark.parametrize("order", ["overlap", "arrival"])
-@pytest.mark.parametrize("lanes", [1, 2])
-@settings(max_examples=2500, deadline=None, suppress_health_check=list(HealthCheck))
-@given(seed=st.integers(0, 2**64))
-def test_nothing_is_lost_doubled_starved_or_over_the_budget(order: str, lanes: int, seed: int) -> None:
-    """2,500 random stories each for both orders and for one lane and two."""
-    rng = random.Random(seed)
-    slots, patience, queue = rng.randint(3, 9), rng.randint(0, 5), rng.randint(1, 12)
-    play(rng, Limits(slots=slots, queue=queue, lanes=lanes, patience=patience, order=order))
+def test_a_stand_in_that_does_not_fit_is_passed_over() -> None:
+    t = read_and_computed()
+    large = WorkingSet("b", frozenset({1, 2, 3}), leased=True, stand_in="large")
+    t.submit(B, deadline=t.now + 2.5, stand_ins=(large, OTHER))
+    assert [page.set for page in t.pages()] == [OTHER]
+
+
+def test_those_that_would_be_late_too_share_the_stand_in_and_others_do_not() -> None:
+    t = read_and_computed()
+    t.submit(A)
+    (first,) = t.pages()
+    small = Step(1, 1)
+    patient = t.submit(B, small)
+    late = [t.submit(B, small, deadline=t.now + left, stand_ins=(OTHER,)) for left in (3.5, 3.4)]
+    far = t.submit(B, small, deadline=t.now + 100, stand_ins=(OTHER,))
+    (page,) = t.finish(first.batch)
+    assert (page.set, sorted(page.requests)) == (OTHER, late)
+    (page,) = t.finish(page.batch)
+    assert (page.set, sorted(page.requests)) == (B, [patient, far])
+
+
+def test_each_step_asks_anew() -> None:
+    """A request of two steps: the first under a stand-in, the second, when its own pages have come, under its own set."""
+    t = read_and_computed()
+    long = t.submit(B, deadline=t.now + 2.5, stand_ins=(OTHER,))
+    t.tell(Paged(t.now, 1))
+    t.tell(Stepped(t.now + 0.1, 1, {long: FULL}))
+    assert [page.set for page in t.pages()] == [OTHER]
+    t.tell(Broken(t.now, 2, "it broke"))
+    assert ends(t.said) == [(long, State.FAILED, "it broke")]

@@ -45,13 +45,13 @@ class Workshop:
         self.batches: list[int] = []
         self.begun = threading.Semaphore(0)
 
-    def route(self, work: Job) -> WorkingSet:
+    def route(self, work: Job) -> tuple[WorkingSet, ...]:
         if work.lost is not None:
             raise work.lost
-        return WorkingSet("job", frozenset({1}), leased=True)
+        return (WorkingSet("job", frozenset({1}), leased=True),)
 
-    def compute(self, works: Sequence[Job], leased: bool, paged: Callable[[], None]) -> None:
-        assert leased
+    def compute(self, works: Sequence[Job], used: WorkingSet, paged: Callable[[], None]) -> None:
+        assert used.leased
         paged()
         self.begun.release()
         assert self.gate.acquire(timeout=WAIT)
@@ -322,14 +322,14 @@ def test_a_faulty_request_does_not_spoil_those_in_its_batch(toy: Path) -> None:
 
 def test_a_task_whose_set_cannot_be_chosen_fails_alone(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with edgeml.open(toy, memory="50%", residency="masked", threads=1) as session:
-        choose = session.resident_set
+        choose = session.residents.resident_set
 
         def chosen(task: str) -> ResidentSet:
             if task == "mood":
                 raise BudgetError("a site is left bare")
             return choose(task)
 
-        monkeypatch.setattr(session, "resident_set", chosen)
+        monkeypatch.setattr(session.residents, "resident_set", chosen)
         with pytest.raises(BudgetError, match=r"^a site is left bare$"):
             session.submit("mood", "fog").result(WAIT)
         assert session.submit("weather", "fog").result(WAIT)

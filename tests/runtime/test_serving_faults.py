@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ import numpy as np
 import pytest
 
 import edgeml
-from edgeml.errors import NotAnswered, UsageError
+from edgeml.bundle import Bundle
+from edgeml.errors import EdgemlError, NotAnswered, UsageError
+from edgeml.graph_bytes import Node, graph
 from edgeml.made import make_cnn
+from edgeml.manifest import load_manifest
 from edgeml.result import Result
 from edgeml.router import ResidentSet
 from edgeml.scheduler_events import Limits, State, Step, WorkingSet
@@ -38,10 +42,10 @@ class Job:
 class Workshop:
     """An engine whose hints are refused."""
 
-    def route(self, work: Job) -> WorkingSet:
-        return WorkingSet("job", frozenset({1}), leased=True)
+    def route(self, work: Job) -> tuple[WorkingSet, ...]:
+        return (WorkingSet("job", frozenset({1}), leased=True),)
 
-    def compute(self, works: Sequence[Job], leased: bool, paged: Callable[[], None]) -> None:
+    def compute(self, works: Sequence[Job], used: WorkingSet, paged: Callable[[], None]) -> None:
         paged()
         for work in works:
             work.left = 0
@@ -95,8 +99,8 @@ def test_a_deadline_passes_while_everybody_is_busy() -> None:
     go = threading.Event()
 
     class Slow(Workshop):
-        def compute(self, works: Sequence[Job], leased: bool, paged: Callable[[], None]) -> None:
-            super().compute(works, leased, paged)
+        def compute(self, works: Sequence[Job], used: WorkingSet, paged: Callable[[], None]) -> None:
+            super().compute(works, used, paged)
             assert go.wait(WAIT)
 
     serving = Serving(Slow(), Limits(slots=1, queue=9))
@@ -123,6 +127,125 @@ def test_a_session_that_is_being_closed_begins_to_serve_no_more(toy: Path) -> No
         with pytest.raises(UsageError, match="the session is closed"):
             session.serve()
     session.close()
+
+
+class Caller(threading.Thread):
+    """Submits until the session is closed."""
+
+    def __init__(self, session: edgeml.Session, ready: threading.Barrier) -> None:
+        super().__init__()
+        self.session, self.ready = session, ready
+        self.tickets, self.said = list[Ticket](), ""
+
+    def run(self) -> None:
+        self.ready.wait(WAIT)
+        try:
+            for _ in range(3):
+                self.tickets.append(self.session.submit("weather", "fog", deadline=WAIT))
+        except UsageError as error:
+            self.said = str(error)
+
+
+def close_after_calls(session: edgeml.Session) -> str:
+    """Close it, however often that is refused because calls run; returns the last refusal."""
+    refused = ""
+    for _ in range(1000):
+        try:
+            session.close()
+            break
+        except UsageError as error:
+            refused = str(error)
+            time.sleep(1e-3)
+    return refused
+
+
+def test_closing_while_other_threads_submit_ends_every_ticket(toy: Path) -> None:
+    """Whoever comes first: a ticket that ends, or a sentence; and nothing is left running."""
+    before = threading.active_count()
+    for turn in range(12):
+        session, ready = edgeml.open(toy, threads=1), threading.Barrier(4)
+        callers = [Caller(session, ready) for _ in range(3)]
+        for each in callers:
+            each.start()
+        ready.wait(WAIT)
+        time.sleep(turn * 2e-3)
+        refused = close_after_calls(session)
+        assert not refused or "calls still run; close the session after them" in refused
+        for each in callers:
+            each.join(WAIT)
+            assert not each.is_alive()
+            assert not each.said or "the session is closed" in each.said
+            for ticket in each.tickets:
+                assert ticket._ended.wait(WAIT)
+                assert (ticket._result is None) == (str(ticket._error) == "the request was cancelled")
+    assert threading.active_count() == before
+
+
+SITES, EXPERTS, HIDDEN = 2, 8, 64
+INPUTS: dict[str, Any] = {"hidden0": ("float32", ("B", "T", HIDDEN)), "mask": ("float32", ("B", "T"))}
+
+
+def router_of_experts(expert: int, weight: float) -> bytes:
+    """A router that sends each token to one expert of site 0 and answers what becomes of its first numbers, as a bias."""
+    row = np.array([1, 1, 1], np.int64)
+    constants: dict[str, Any] = {
+        "expert": np.full(1, expert), "weight": np.full(1, weight, np.float32), "row": row, "zero": np.array([0]), "axis": np.array([1]),
+        "end": np.array([SITES * EXPERTS]), "last": np.array([-1]), "shape": np.array([-1, SITES, EXPERTS]),
+    }  # fmt: skip
+    nodes = [
+        Node("Shape", ["mask"], ["size"]),
+        Node("Concat", ["size", "axis"], ["each"], {"axis": 0}),
+        Node("Expand", ["expert", "each"], ["ids"]),
+        Node("Expand", ["weight", "each"], ["weights"]),
+        Node("PagedExperts", ["hidden0", "ids", "weights"], ["y"], {"site": 0}, "edgeml"),
+        Node("ReduceMean", ["y"], ["mean"], {"axes": [1], "keepdims": 0}),
+        Node("Slice", ["mean", "zero", "end", "last"], ["some"]),
+        Node("Reshape", ["some", "shape"], ["bias"]),
+    ]
+    return graph(nodes, INPUTS, {"bias": ("float32", ("B", SITES, EXPERTS))}, constants, {"": 17, "edgeml": 1})
+
+
+def constant_router(value: float) -> bytes:
+    bias = np.full((1, SITES, EXPERTS), value, np.float32)
+    node = Node("Constant", [], ["bias"], {"value": bias})
+    return graph([node], INPUTS, {"bias": ("float32", (1, SITES, EXPERTS))}, {}, {"": 17, "edgeml": 1})
+
+
+@pytest.mark.parametrize(
+    ("page", "sentence"),
+    [
+        (router_of_experts(0, 1), None),
+        (router_of_experts(77, 1), "stage 'router_mood' failed: Non-zero status code returned"),
+        (router_of_experts(-2, 1), "edgeml.PagedExperts: -2 is outside its range"),
+        (router_of_experts(0, np.nan), "the router of task 'mood' answers a bias that is not a number or infinite"),
+        (constant_router(np.nan), "the router of task 'mood' answers a bias that is not a number or infinite"),
+        (constant_router(-np.inf), "the router of task 'mood' leaves no expert of site 'layer.0' to choose, and it has no shared one"),
+        (constant_router(0)[:-9], "stage 'router_mood'"),
+    ],
+    ids=["good", "id too large", "id too small", "weights", "bias", "bare", "damaged"],
+)
+def test_a_faulty_router_spoils_its_own_requests_only(toy: Path, rebuild: Any, page: bytes, sentence: str | None) -> None:
+    with Bundle.open(toy) as bundle:
+        place = next(stage.page for stage in load_manifest(bundle).stages if stage.name == "router_mood")
+
+    def declare(manifest: dict[str, Any]) -> None:
+        next(stage for stage in manifest["stages"] if stage["name"] == "router_mood").update(inputs=["hidden0", "mask"])
+        for site in manifest["sites"]:
+            site["shared"] = []
+
+    with edgeml.open(rebuild({place: page}, declare), threads=1) as session:
+        wanted = session.run("weather", "fog").labels
+        tickets = [session.submit(task, "fog") for task in ("mood", "weather", "mood", "weather")]
+        assert [ticket.result(WAIT).labels for ticket in tickets[1::2]] == [wanted, wanted]
+        for ticket in tickets[::2]:
+            if sentence is None:
+                assert ticket.result(WAIT).labels
+                continue
+            with pytest.raises(EdgemlError) as caught:
+                ticket.result(WAIT)
+            assert sentence in str(caught.value)
+            assert "\n" not in str(caught.value)
+            assert ticket.state == State.FAILED
 
 
 def test_pages_of_no_expert_are_refused_at_once(toy: Path) -> None:

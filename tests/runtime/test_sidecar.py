@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -17,6 +18,7 @@ import edgeml
 from edgeml.bundle import Bundle
 from edgeml.errors import DeviceError, InputError, UsageError
 from edgeml.manifest import Manifest, load_manifest
+from edgeml.resident import Transfer
 from edgeml.sidecar import SIZE_LIMIT, Learned, load, place_of, save
 
 TEXTS = ["a warm and sunny day by the sea"] * 40
@@ -223,6 +225,78 @@ def test_content_that_cannot_be(manifest: Manifest, place: Path, change: Change,
     save(place, ID, manifest, seen(manifest))
     rewrite(place, change)
     damaged(place, manifest, why)
+
+
+@pytest.fixture
+def divided(manifest: Manifest) -> Manifest:
+    """The same tasks in domains of their own."""
+    return dataclasses.replace(manifest, tasks=tuple(dataclasses.replace(task, domain=task.name) for task in manifest.tasks))
+
+
+def transfer_of(manifest: Manifest) -> Transfer:
+    first, second = ([expert.page for expert in site.experts] for site in manifest.sites[:2])
+    table = ((0.9, 0.7), (0.5, 0.8))
+    return Transfer(("mood", "weather"), (tuple(first[:3]), tuple(second[2:4])), table, (1.0, 0.9), (0.4, 0.5), (30, 40), "labels")
+
+
+def test_a_transfer_matrix_comes_back_and_a_newer_one_takes_its_place(divided: Manifest, place: Path) -> None:
+    measured = transfer_of(divided)
+    save(place, ID, divided, Learned(transfer=measured))
+    save(place, ID, divided, seen(divided))
+    learned, problem = load(place, ID, divided)
+    assert problem is None
+    assert learned is not None
+    assert learned.transfer == measured
+    assert learned.tasks["weather"].watched.tokens == 10
+    newer = dataclasses.replace(measured, baseline=None, by="agreement")
+    save(place, ID, divided, Learned(transfer=newer))
+    learned, _ = load(place, ID, divided)
+    assert learned is not None
+    assert learned.transfer == newer
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda t: t.update(extra=1), "transfer: expected an object of"),
+        (lambda t: t.pop("by"), "transfer: expected an object of"),
+        (lambda t: t.update(by="guess"), "by is labels or agreement"),
+        (lambda t: t.update(by=[]), "by is labels or agreement"),
+        (lambda t: t.update(domains="mood"), "domains is no list of 2 to 256 different names"),
+        (lambda t: t.update(domains=["mood"]), "domains is no list of 2 to 256 different names"),
+        (lambda t: t.update(domains=["mood"] * 2), "domains is no list of 2 to 256 different names"),
+        (lambda t: t.update(domains=[f"d{n}" for n in range(257)]), "domains is no list of 2 to 256 different names"),
+        (lambda t: t.update(domains=["mood", "tide"]), "about a domain that the bundle has not"),
+        (lambda t: t.update(domains=["mood", ["weather"]]), "about a domain that the bundle has not"),
+        (lambda t: t["sets"].pop(), "sets or scores is no list of 2 rows"),
+        (lambda t: t.update(scores={}), "sets or scores is no list of 2 rows"),
+        (lambda t: t["sets"].__setitem__(0, 3), "a set is no ascending list"),
+        (lambda t: t["sets"][0].append(0), "a set is no ascending list"),
+        (lambda t: t["sets"][0].append(10**6), "a set is no ascending list"),
+        (lambda t: t["sets"][0].append(t["sets"][0][-1]), "a set is no ascending list"),
+        (lambda t: t["sets"][0].__setitem__(0, True), "a set is no ascending list"),
+        (lambda t: t["sets"][0].__setitem__(0, [1]), "a set is no ascending list"),
+        (lambda t: t["scores"][1].append(0.5), "scores is no list of 2 numbers from 0 to 1"),
+        (lambda t: t["scores"][1].__setitem__(0, 1.01), "scores is no list of 2 numbers from 0 to 1"),
+        (lambda t: t["scores"][1].__setitem__(0, None), "scores is no list of 2 numbers from 0 to 1"),
+        (lambda t: t["scores"].__setitem__(1, 0.5), "scores is no list of 2 numbers from 0 to 1"),
+        (lambda t: t.update(reference=None), "scores is no list of 2 numbers from 0 to 1"),
+        (lambda t: t.update(baseline=[0.5]), "scores is no list of 2 numbers from 0 to 1"),
+        (lambda t: t.update(examples=[30, 1.5]), "examples are whole numbers"),
+        (lambda t: t.update(examples=[30]), "examples is no list of 2 numbers"),
+    ],
+)
+def test_a_transfer_matrix_that_cannot_be(divided: Manifest, place: Path, change: Change, why: str) -> None:
+    save(place, ID, divided, Learned(transfer=transfer_of(divided)))
+    rewrite(place, lambda document: change(document["transfer"]))
+    damaged(place, divided, why)
+
+
+@pytest.mark.parametrize("given", [3, [], "none", False])
+def test_a_transfer_matrix_that_is_none(divided: Manifest, place: Path, given: Any) -> None:
+    save(place, ID, divided, seen(divided))
+    rewrite(place, lambda document: document.update(transfer=given))
+    damaged(place, divided, "transfer: expected an object of")
 
 
 @pytest.mark.parametrize("body", [b"[1]", b'{"bundle":1,"bundle":1}', b'{"bundle": NaN}', b"[" * 4000, b"\xff", b'{"a": 1e999}'])
