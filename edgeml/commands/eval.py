@@ -15,7 +15,7 @@ from edgeml.commands._eval_document import SHOWN, broken_gates, check_gates, doc
 from edgeml.commands._eval_print import table
 from edgeml.commands._eval_run import Images, Texts, routing_counts, run_variant
 from edgeml.commands._eval_settings import Setting, checked, named_after, parse_also, parse_kept, specialised, unique
-from edgeml.commands._options import json_option, notes, quiet_option, records_option, variant_options
+from edgeml.commands._options import json_option, notes, progress, quiet_option, records_option, variant_options
 from edgeml.data import SPLITS, Columns, TableData, TaskData, find_tasks
 from edgeml.errors import DataError, QualityRefused, UsageError
 from edgeml.evaluate import image_questions, match_images, match_tasks, seen_domains, tasks_of, text_question
@@ -26,6 +26,8 @@ from edgeml.metrics import BOOTSTRAP_SEED
 from edgeml.predictions import Predictions, Variant, variants_of
 from edgeml.records import append, complete
 from edgeml.session import RESIDENCIES, find_task
+from edgeml.session import open as open_session
+from edgeml.transfer import measure_transfer
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,11 @@ class _Asked:
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     metavar="SHARE",
     help="Also keep this share of the experts for each domain in turn: gives DSI and CDTR.",
+)
+@click.option(
+    "--learn",
+    is_flag=True,
+    help="Also measure, under --memory, what each domain's resident set makes of the others' data, and keep it for stand-ins.",
 )
 @click.option("--domains-seen", metavar="DOMAIN,...", help="What making the variants saw, in place of what their provenance says.")
 @click.option("--max-gap", type=float, metavar="SCORE", help="Exit with 1 if GG is surely above this, say 0.02 (2 points).")
@@ -148,9 +155,24 @@ def _evaluated(
             timings.append(timing)
     found = document(variants, bundle, options["seed"])
     routed(found, _counts(bundle, asked.groups, options["threads"], quiet) if options["specialise"] is not None else None)
+    if options["learn"]:
+        found["learned"] = _learn(bundle, asked.groups, options["memory"], options["threads"], quiet)
     settings = {key: options[key] for key in ("split", "limit", "experts_kept", "kept_by", "kept_for", "specialise")}
     settings |= {"reference_bundle_id": None if found["reference"] is None else found["reference"]["bundle_id"]}
     return found | {"skipped": list(asked.skipped), "record": record(timings[0], dict(variants[0].settings) | settings, "eval")}
+
+
+def _learn(bundle: str, groups: Sequence[Texts | Images], memory: str | None, threads: int | None, quiet: bool) -> dict[str, Any]:
+    """Measure the transfer matrix under this budget and keep it where the runtime looks for it."""
+    data = {group.question.name: group.rows for group in groups if isinstance(group, Texts)}
+    with open_session(bundle, memory=memory, threads=threads) as session:
+        rows = sum(map(len, data.values()))
+        domains = len({group.question.domain for group in groups if isinstance(group, Texts)})
+        with progress(rows * (domains + 2), "learning", quiet) as tick:
+            learned = measure_transfer(session, data, tick)
+        place = session.residents.keep(learned)
+        notes([f"what each domain's set makes of the others' data is kept in {place}"], quiet)
+    return {"domains": list(learned.domains), "ratios": [list(row) for row in learned.ratios], "cdtr": learned.cdtr, "by": learned.by}
 
 
 def _counts(bundle: str, groups: Sequence[Texts | Images], threads: int | None, quiet: bool) -> Any:

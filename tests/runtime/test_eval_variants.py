@@ -438,6 +438,30 @@ def test_an_evaluation_is_recorded(here: Path, tmp_path: Path, capsys: Capture) 
     assert "schema 1" in sentence(capsys, 3, *BASE, "--records", tmp_path / "other.jsonl")
 
 
+# ---- what the device learns ----
+
+
+def test_the_transfer_matrix_is_measured_and_kept(
+    here: Path, tmp_path: Path, rebuild: Any, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEML_STATE", str(tmp_path))
+
+    def apart(manifest: dict[str, Any]) -> None:
+        for task in manifest["tasks"]:
+            task["domain"] = {"weather": "sky", "mood": "mind"}.get(task["name"], task["domain"])
+
+    asked = [rebuild(change=apart), *BASE[1:]]
+    found = said(capsys, *asked, "--memory", "50%", "--learn")["learned"]
+    count = len(found["domains"])
+    assert count > 1
+    assert [len(row) for row in found["ratios"]] == [count] * count
+    assert all(found["ratios"][number][number] in (None, 1) for number in range(count))
+    assert found["by"] == "labels"
+    (kept,) = tmp_path.glob("*.usage")
+    assert kept.stat().st_size > 100
+    assert "everything" in sentence(capsys, 2, *asked, "--memory", "100%", "--learn")
+
+
 # ---- images ----
 
 
