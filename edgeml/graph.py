@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from edgeml import native
 from edgeml.bundle import Bundle
-from edgeml.errors import BundleError, DeviceError, EdgemlError
+from edgeml.errors import BundleError, DeviceError, EdgemlError, UsageError
 from edgeml.manifest import ImageStages, Manifest, Stage
 from edgeml.store import open_context
 
@@ -67,7 +67,7 @@ class Graphs:
             outputs = graph.session.run(list(stage.outputs), {key: tensors[key] for key in stage.inputs}, options)
             return dict(zip(stage.outputs, outputs, strict=True))
         except Exception as error:  # onnxruntime has one class per status and no common base
-            failure = self._met(request) or self._failure(f"stage '{name}' failed", error)
+            failure = self._met(stage, request) or self._failure(f"stage '{name}' failed", error)
         raise failure  # out here, so that it does not carry onnxruntime's error, whose frames would keep the graph alive
 
     def load(self, name: str) -> None:
@@ -110,9 +110,12 @@ class Graphs:
             failure = self._failure(f"stage '{stage.name}' (page {stage.page}) is not a graph that runs", error)
         raise failure
 
-    def _met(self, request: native.Request) -> EdgemlError | None:
+    def _met(self, stage: Stage, request: native.Request) -> EdgemlError | None:
+        """What the native side met; None where the graph itself asked for what cannot be, as no caller's token ids reach it."""
         met = request.error
-        return None if met is None else type(met)(f"{self._bundle.path}: {met}")
+        if met is None or (isinstance(met, UsageError) and "ids" not in stage.inputs):
+            return None
+        return type(met)(f"{self._bundle.path}: {met}")
 
     def _failure(self, what: str, error: Exception) -> EdgemlError:
         text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", " ".join(str(error).split()))
