@@ -6,7 +6,7 @@ DEMO_VENV ?= .venv-demo
 BIN = $(VENV)/bin
 EDGEML_SHARED ?= ../shared
 
-.PHONY: demo test test-c test-python install lint bench model export-demo vision-models build clean check-tools
+.PHONY: demo test test-c test-python install lint bench model export-demo vision-models wheels native-sdk build clean check-tools
 
 # What a newcomer runs: the runtime and its reports (no torch), the committed bundle, answers, and what paging costs here.
 demo: $(DEMO_VENV)/ready
@@ -97,6 +97,14 @@ bench: install
 	$(BIN)/python benchmarks/paging/bound.py || broken=1; \
 	$(BIN)/python benchmarks/startup.py || broken=1; \
 	exit $$broken
+
+# The runtime's wheels for devices, cross-built: Linux on x86-64 and aarch64 from glibc 2.17 on, and one without C. To dist/.
+wheels: | check-tools
+	$(PYTHON) tools/cross/wheels.py dist
+
+# libedgeml, its headers and the reader of bundles for programs without Python: Linux, and Android where ANDROID_NDK_HOME is an NDK.
+native-sdk: | check-tools
+	$(PYTHON) tools/cross/native_sdk.py dist/native-sdk
 
 # The wheels: the runtime's for devices, and those of the two rooms for workstations.
 build: $(VENV)/ready

@@ -24,9 +24,9 @@ __all__ = ["main"]
 COMMANDS = {
     "bench": ("edgeml.commands.bench", "Measure latency, page traffic and memory, a row for each setting."),
     "diff": ("edgeml.commands.diff", "Which part of a bundle lost the quality that a reference has."),
-    "doctor": ("edgeml.commands.doctor", "Check this machine, and whether a model fits it and how fast it should be."),
     "eval": ("edgeml.commands.eval", "Scores on labelled data, task by task, alone or against a reference."),
     "inspect": ("edgeml.commands.inspect", "What is inside a bundle: stages, sites, tasks, bytes, evidence."),
+    "profile": ("edgeml.commands.profile", "Where the time of requests goes, and a timeline of it."),
     "routing": ("edgeml.commands.routing", "How predictable the choice of experts is, what a cache makes of it, and advice."),
     "run": ("edgeml.commands.run", "Answer texts or images with the tasks of a bundle."),
     "serve-stdin": ("edgeml.commands.serve", "Answer requests as JSON lines, for a parent process in any language."),
@@ -36,6 +36,7 @@ GROUP = "edgeml.commands"
 #: Commands of other rooms: their extra, and their line in `edgeml --help`, which shows them installed or not.
 ROOMS = {
     "device": ("devices", "Boards and phones: profiles, prediction, runs on a device."),
+    "doctor": ("devices", "Check this machine, and whether a model fits it and how fast it should be."),
     "export": ("export", "Turn a torch model into a bundle."),
     "report": ("report", "Records on one page: how fast, how large, how much worse, where, how sure."),
 }

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,9 @@ class Graphs:
         self._threads = {stage.name: threads for stage in manifest.stages if stage.page in pages}
         self._loaded: dict[str, _Graph] = {}
         self._lock = threading.Lock()
+        #: For `profile`: called with each stage's name and when it began, on CLOCK_MONOTONIC; and where onnxruntime writes its own.
+        self.observe: Callable[[str, int], None] | None = None
+        self.profile_folder: str | None = None
 
     def run(self, name: str, tensors: Mapping[str, NDArray[Any]], request: native.Request) -> dict[str, NDArray[Any]]:
         """Run a stage on the tensors it names, and return its outputs by name.
@@ -63,8 +67,11 @@ class Graphs:
         missing = [key for key in stage.inputs if key not in tensors]
         if missing:
             raise BundleError(f"{self._bundle.path}: stage '{name}' reads '{missing[0]}', which no stage before it makes")
+        began = 0 if self.observe is None else time.monotonic_ns()
         try:
             outputs = graph.session.run(list(stage.outputs), {key: tensors[key] for key in stage.inputs}, options)
+            if self.observe is not None:
+                self.observe(name, began)
             return dict(zip(stage.outputs, outputs, strict=True))
         except Exception as error:  # onnxruntime has one class per status and no common base
             failure = self._met(stage, request) or self._failure(f"stage '{name}' failed", error)
@@ -73,6 +80,11 @@ class Graphs:
     def load(self, name: str) -> None:
         """Create a stage's session now. Raises `BundleError` when the graph is not one that onnxruntime accepts."""
         self._graph(self._stages[name])
+
+    def end_profiles(self) -> dict[str, str]:
+        """Of each stage that was loaded with a `profile_folder`, the file that onnxruntime has written; it writes no more."""
+        with self._lock:
+            return {name: str(graph.session.end_profiling()) for name, graph in self._loaded.items()}
 
     def close(self) -> None:
         """Release all graphs; afterwards the native context may be closed. No call may be running."""
@@ -101,11 +113,21 @@ class Graphs:
         options.intra_op_num_threads, options.inter_op_num_threads = self._threads.get(stage.name, 1), 1
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry(CONTEXT_KEY, self._context.handle)
-        options.register_custom_ops_library(native.LIBRARY_PATH)
-        graph = self._bundle.read(stage.page)
+        if self.profile_folder is not None:
+            options.enable_profiling, options.profile_file_prefix = True, f"{self.profile_folder}/{len(self._loaded)}"
+        graph, context = self._bundle.read(stage.page), self._context
+
+        def make(data: bytes) -> Any:
+            return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
         try:
-            return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+            if not isinstance(context, native.Context):
+                from edgeml.graph_split import SplitGraph  # NumPy's, which nobody else needs
+
+                return SplitGraph(graph, make, context.operator)
+            options.add_session_config_entry(CONTEXT_KEY, context.handle)
+            options.register_custom_ops_library(native.LIBRARY_PATH)
+            return make(graph)
         except Exception as error:  # as above
             failure = self._failure(f"stage '{stage.name}' (page {stage.page}) is not a graph that runs", error)
         raise failure

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edgeml.errors import UsageError
 
-__all__ = ["Attribute", "Node", "TensorType", "graph"]
+__all__ = ["Attribute", "Node", "TensorType", "graph", "integer", "message", "text", "untyped_value"]
 
 #: An attribute's value; a list of integers or of floats must not be empty, or its type could not be told.
 Attribute = int | float | str | Sequence[int] | Sequence[float] | NDArray[np.generic]
@@ -47,37 +47,37 @@ def graph(
     opsets: Mapping[str, int],
 ) -> bytes:
     """A serialized ModelProto; nodes in execution order, `opsets` maps a domain to its version. Equal input gives equal bytes."""
-    body = _many(1, (_node(node) for node in nodes)) + _text(2, "graph")
+    body = _many(1, (_node(node) for node in nodes)) + text(2, "graph")
     body += _many(5, (_tensor(value, name) for name, value in initializers.items()))
     body += _many(11, (_value_info(name, kind) for name, kind in inputs.items()))
     body += _many(12, (_value_info(name, kind) for name, kind in outputs.items()))
-    versions = (_text(1, domain) + _integer(2, version) for domain, version in opsets.items())
-    return _integer(1, IR_VERSION) + _text(2, "edgeml-runtime") + _message(7, body) + _many(8, versions)
+    versions = (text(1, domain) + integer(2, version) for domain, version in opsets.items())
+    return integer(1, IR_VERSION) + text(2, "edgeml-runtime") + message(7, body) + _many(8, versions)
 
 
 def _node(node: Node) -> bytes:
-    names = b"".join(_text(1, name) for name in node.inputs) + b"".join(_text(2, name) for name in node.outputs)
+    names = b"".join(text(1, name) for name in node.inputs) + b"".join(text(2, name) for name in node.outputs)
     attributes = _many(5, (_attribute(name, value) for name, value in node.attributes.items()))
-    domain = _text(7, node.domain) if node.domain else b""
-    return names + _text(3, node.outputs[0]) + _text(4, node.op) + attributes + domain
+    domain = text(7, node.domain) if node.domain else b""
+    return names + text(3, node.outputs[0]) + text(4, node.op) + attributes + domain
 
 
 def _attribute(name: str, value: Attribute) -> bytes:
     kind, data = _attribute_value(name, value)
-    return _text(1, name) + data + _integer(20, kind)
+    return text(1, name) + data + integer(20, kind)
 
 
 def _attribute_value(name: str, value: Attribute) -> tuple[int, bytes]:
     if isinstance(value, np.ndarray):
-        return _TENSOR, _message(5, _tensor(value, ""))
+        return _TENSOR, message(5, _tensor(value, ""))
     if isinstance(value, str):
-        return _STRING, _text(4, value)
+        return _STRING, text(4, value)
     if isinstance(value, float):
         return _FLOAT, _float(2, value)
     if isinstance(value, int):
-        return _INT, _integer(3, value)
+        return _INT, integer(3, value)
     if value and all(isinstance(item, int) for item in value):
-        return _INTS, b"".join(_integer(8, int(item)) for item in value)
+        return _INTS, b"".join(integer(8, int(item)) for item in value)
     if value and all(isinstance(item, float) for item in value):
         return _FLOATS, b"".join(_float(7, item) for item in value)
     raise UsageError(f"the attribute '{name}' has the value {value!r:.40}, which no kind of attribute can hold")
@@ -85,14 +85,19 @@ def _attribute_value(name: str, value: Attribute) -> tuple[int, bytes]:
 
 def _tensor(value: NDArray[np.generic], name: str) -> bytes:
     raw = np.ascontiguousarray(value).astype(value.dtype.newbyteorder("<"), copy=False).tobytes()
-    dims = b"".join(_integer(1, size) for size in value.shape)
-    return dims + _integer(2, _element(value.dtype.name)) + (_text(8, name) if name else b"") + _message(9, raw)
+    dims = b"".join(integer(1, size) for size in value.shape)
+    return dims + integer(2, _element(value.dtype.name)) + (text(8, name) if name else b"") + message(9, raw)
 
 
 def _value_info(name: str, kind: TensorType) -> bytes:
     dtype, shape = kind
-    dims = _many(1, (_text(2, size) if isinstance(size, str) else _integer(1, size) for size in shape))
-    return _text(1, name) + _message(2, _message(1, _integer(1, _element(dtype)) + _message(2, dims)))
+    dims = _many(1, (text(2, size) if isinstance(size, str) else integer(1, size) for size in shape))
+    return text(1, name) + message(2, message(1, integer(1, _element(dtype)) + message(2, dims)))
+
+
+def untyped_value(name: str, dtype: str | None = None) -> bytes:
+    """A ValueInfoProto of any shape; without a dtype the reader has to find it out."""
+    return text(1, name) + (b"" if dtype is None else message(2, message(1, integer(1, _element(dtype)))))
 
 
 def _element(dtype: str) -> int:
@@ -102,18 +107,21 @@ def _element(dtype: str) -> int:
 
 
 def _many(number: int, messages: Iterable[bytes]) -> bytes:
-    return b"".join(_message(number, message) for message in messages)
+    return b"".join(message(number, data) for data in messages)
 
 
-def _message(number: int, data: bytes) -> bytes:
+def message(number: int, data: bytes) -> bytes:
+    """A field that holds bytes, or another message."""
     return _varint(number << 3 | _BYTES) + _varint(len(data)) + data
 
 
-def _text(number: int, text: str) -> bytes:
-    return _message(number, text.encode("utf-8"))
+def text(number: int, value: str) -> bytes:
+    """A field that holds text."""
+    return message(number, value.encode("utf-8"))
 
 
-def _integer(number: int, value: int) -> bytes:
+def integer(number: int, value: int) -> bytes:
+    """A field that holds a whole number."""
     return _varint(number << 3 | _VARINT) + _varint(value & (1 << 64) - 1)  # negative numbers are sent as 64-bit two's complement
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from edgeml.errors import BundleError
 
-__all__ = ["GraphCost", "graph_cost"]
+__all__ = ["GraphCost", "fields", "graph_cost"]
 
 #: Operators that visit every value of a token once or a few times; the others look at shapes, at choices or at single numbers.
 WIDE = frozenset(
@@ -40,11 +40,11 @@ class GraphCost:
 def graph_cost(data: bytes) -> GraphCost:
     """Count a serialized ModelProto. Raises `BundleError` where the bytes are no such message."""
     try:
-        body = next((value for number, value in _fields(memoryview(data)) if number == 7), None)
+        body = next((value for number, value in fields(memoryview(data)) if number == 7), None)
         if not isinstance(body, memoryview):
             raise BundleError("this is no ONNX graph")
         nodes, weights = [], {}
-        for number, value in _fields(body):
+        for number, value in fields(body):
             if isinstance(value, memoryview) and number == 1:
                 nodes.append(_node(value))
             elif isinstance(value, memoryview) and number == 5:
@@ -64,7 +64,7 @@ def graph_cost(data: bytes) -> GraphCost:
 
 def _node(data: memoryview) -> tuple[str, list[str]]:
     op, inputs = "", []
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if isinstance(value, memoryview) and number in (1, 4):
             text = bytes(value).decode("utf-8")
             if number == 4:
@@ -76,7 +76,7 @@ def _node(data: memoryview) -> tuple[str, list[str]]:
 
 def _tensor(data: memoryview) -> tuple[str, list[int]]:
     name, shape = "", []
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if number == 1:
             shape += [value] if isinstance(value, int) else list(_varints(value))
         elif number == 8 and isinstance(value, memoryview):
@@ -84,7 +84,7 @@ def _tensor(data: memoryview) -> tuple[str, list[int]]:
     return name, shape
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+def fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     """The fields of a message in order. Raises `IndexError` where it ends too early."""
     at = 0
     while at < len(data):

@@ -91,9 +91,8 @@ def unpack_matrix(data: bytes, type: WeightType, rows: int, cols: int) -> Floats
 def quantize_rows(x: Floats) -> tuple[NDArray[np.int8], Floats]:
     """Activations (N, K) -> values (N, K32) int8 and scales (N, K32 / 32) float32; a block that is not finite gets a NaN scale."""
     count, width = x.shape
-    blocks = np.zeros((count, -(-width // COLS) * COLS), np.float32)
-    blocks[:, :width] = x
-    blocks = blocks.reshape(count, -1, COLS)
+    blocks = np.zeros((count, -(-width // COLS), COLS), np.float32)
+    blocks.reshape(count, blocks.shape[1] * COLS)[:, :width] = x
     largest = np.abs(blocks).max(-1)
     finite = np.isfinite(largest)
     scale = np.where(finite, largest / np.float32(127), np.float32(np.nan)).astype(np.float32)
@@ -102,7 +101,7 @@ def quantize_rows(x: Floats) -> tuple[NDArray[np.int8], Floats]:
     inverse = np.where(np.isfinite(inverse), inverse, np.float32(0))  # 127 / a subnormal overflows: such a block counts as zero
     clean = np.where(finite[..., None], blocks, np.float32(0))
     values = np.clip(np.rint(clean * inverse[..., None]), -127, 127).astype(np.int8)
-    return values.reshape(count, -1), scale
+    return values.reshape(count, values.shape[1] * COLS), scale
 
 
 def matmul(data: bytes, matrix: Matrix, x: Floats, bias: Floats | None = None) -> Floats:
@@ -119,11 +118,11 @@ def matmul(data: bytes, matrix: Matrix, x: Floats, bias: Floats | None = None) -
         else:
             values, scale = _stored(data, matrix.type, matrix.rows, matrix.cols)
             q, a = quantize_rows(x)
-            q = q.reshape(len(x), -1, COLS)
+            q = q.reshape(len(x), q.shape[1] // COLS, COLS)
             for block in range(q.shape[1]):
-                weights = values[:, block].reshape(-1, COLS).astype(np.int32)
-                total = q[:, block].astype(np.int32) @ weights.T
-                out += total.astype(np.float32) * (scale[:, block].reshape(1, -1) * a[:, block : block + 1])
+                weights = values[:, block].reshape(-1, COLS).astype(np.float32)
+                total = q[:, block].astype(np.float32) @ weights.T  # exact in any order: whole numbers, all sums below 2^24
+                out += total * (scale[:, block].reshape(1, -1) * a[:, block : block + 1])
     result = out[:, : matrix.rows]
     return result if bias is None else result + bias
 

@@ -1,5 +1,8 @@
 """The seam to libedgeml: the only module that imports the C extension. It checks what crosses and does nothing else.
 
+A wheel without the extension has checksums in NumPy here, and `numpy_context` in the place of `Context`; the rest of this module
+then says in one sentence that it needs the extension.
+
 Arrays are made contiguous and checked for rank and width before a pointer leaves; the one function that turns a status into
 an exception is `_check`. What each call does is said in native/include/edgeml.h.
 """
@@ -17,12 +20,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeml._native import __file__ as _library
-from edgeml._native import ffi, lib
+from edgeml import checksum
 from edgeml.errors import BudgetError, BundleError, DeviceError, EdgemlError, PageError, UsageError
+
+
+class _Absent:
+    """Stands for the extension's objects where there is none."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise DeviceError("this needs edgeml's C extension, which this installation lacks; install the wheel for this kind of machine")
+
+
+try:
+    from edgeml._native import __file__ as _library
+    from edgeml._native import ffi, lib
+
+    PRESENT = True
+except ModuleNotFoundError:
+    _library, ffi, lib, PRESENT = "", _Absent(), _Absent(), False
 
 __all__ = [
     "LIBRARY_PATH",
+    "PRESENT",
     "Context",
     "Request",
     "Site",
@@ -36,7 +55,7 @@ __all__ = [
 ]
 
 #: What `SessionOptions.register_custom_ops_library` takes.
-LIBRARY_PATH: str = os.path.abspath(str(_library))
+LIBRARY_PATH: str = os.path.abspath(str(_library)) if PRESENT else ""
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -54,17 +73,21 @@ class Site:
 
 def crc32c(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
     """CRC-32C (Castagnoli) of a bytes-like object, continuing from `crc` (0 for a new message)."""
+    if not PRESENT:
+        return checksum.crc32c(data, crc)
     with memoryview(data) as view:
         return int(lib.edgeml_crc32c(crc, ffi.from_buffer(view), view.nbytes))
 
 
 def crc32c_name() -> str:
-    """How the checksum is computed here: `sse4.2`, `armv8` or `table`."""
-    return str(ffi.string(lib.edgeml_crc32c_name()).decode("ascii"))
+    """How the checksum is computed here: `sse4.2`, `armv8`, `table` or `numpy`."""
+    return "numpy" if not PRESENT else str(ffi.string(lib.edgeml_crc32c_name()).decode("ascii"))
 
 
 def backends() -> list[str]:
-    """Names of the kernel sets this processor can run: `scalar` first, the preferred one last."""
+    """Names of the kernel sets this processor can run: `scalar` first, the preferred one last; `numpy` alone without the extension."""
+    if not PRESENT:
+        return ["numpy"]
     names = ffi.new("const char *[16]")
     count = lib.edgeml_backends(names, 16)
     return [ffi.string(names[number]).decode("ascii") for number in range(min(count, 16))]
@@ -254,6 +277,19 @@ class Context:
         with self._use() as context:
             lib.edgeml_get_site_stats(context, out)
         return [_counters(out[i]) for i in range(len(self._sites))]
+
+    def note_events(self, room: int = 1 << 16) -> None:
+        """Note from now on what each thread does, as far as there is room until somebody takes it; `room` 0: no more."""
+        with self._use() as context:
+            _check(lib.edgeml_events_start(context, room) if room else lib.edgeml_events_stop(context) or 0)
+
+    def events(self) -> tuple[bytes, int]:
+        """What was noted since the last call, edgeml_event after edgeml_event; and how many found no room since the start."""
+        size, lost = ffi.sizeof("edgeml_event"), ffi.new("uint64_t *")
+        out = np.empty(size << 14, np.uint8)  # not cleared: whoever is measured keeps what it has in the cache
+        with self._use() as context:
+            taken = lib.edgeml_events_take(context, ffi.from_buffer("edgeml_event[]", out), 1 << 14, lost)
+        return out[: taken * size].tobytes(), int(lost[0])
 
     def close(self) -> None:
         """Free everything; a second call does nothing. Raises `UsageError` while calls, requests or graphs still use it."""

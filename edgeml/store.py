@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from edgeml import native
 from edgeml.bundle import Bundle
@@ -80,12 +81,18 @@ def open_context(
 ) -> tuple[native.Context, Manifest, Budget]:
     """Validate the manifest, resolve the budget and open the native side; large memory is taken only here.
 
-    Reads bypass the page cache when not everything fits, so that the file is not held twice. `isa` names a kernel set (tests).
+    Reads bypass the page cache when not everything fits, so that the file is not held twice. `isa` names a kernel set (tests);
+    "numpy" does without the C extension, as does an installation that lacks it.
     """
     manifest = load_manifest(bundle)
     count = resolve_threads(threads)
-    budget = plan_budget(bundle, manifest, memory, count)
+    by_numpy = isa == "numpy" or not native.PRESENT
+    budget = plan_budget(bundle, manifest, memory, count, by_numpy)
     with naming(bundle):
+        if by_numpy:
+            from edgeml.numpy_context import NumpyContext  # which nobody else needs
+
+            return cast("native.Context", NumpyContext(bundle, native_sites(manifest), slots=budget.slots)), manifest, budget
         context = native.Context(
             bundle.fd,
             bundle.index_bytes,
@@ -119,11 +126,17 @@ def resolve_threads(threads: int | None) -> int:
     return int(text)
 
 
-def plan_budget(bundle: Bundle, manifest: Manifest, memory: int | str | None, threads: int) -> Budget:
+def plan_budget(bundle: Bundle, manifest: Manifest, memory: int | str | None, threads: int, by_numpy: bool = not native.PRESENT) -> Budget:
     """Resolve `memory`: bytes, "64MiB", "50%" or "auto"; None is EDGEML_MEMORY, or auto. Raises `BudgetError` below the floor."""
     asked = str(memory if memory is not None else os.environ.get("EDGEML_MEMORY") or "auto").strip()
     size = parse_memory(memory if isinstance(memory, int) else asked)
-    plan = native.plan(bundle.index_bytes, native_sites(manifest), threads=threads, requests=REQUESTS)
+    sites = native_sites(manifest)
+    if by_numpy:
+        from edgeml.numpy_context import numpy_plan
+
+        plan = numpy_plan(bundle.pages, sites)
+    else:
+        plan = native.plan(bundle.index_bytes, sites, threads=threads, requests=REQUESTS)
     fixed = plan["pinned_bytes"] + plan["scratch_bytes"]
     slot, count = plan["slot_bytes"], plan["pageable_pages"]
     full, floor = fixed + slot * count, fixed + (slot if count else 0)

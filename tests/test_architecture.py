@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS: list[set[str]] = [
     {"checksum", "errors"},
     {"compare", "device", "disk", "graph_bytes", "graph_cost", "indices", "native", "scheduler_events", "sizes", "strict_json", "workload"},
-    {"graph_split", "layout", "scheduler_requests"},
+    {"energy", "graph_split", "layout", "perfetto", "scheduler_requests"},
     {"bundle_writer", "manifest_reader", "scheduler"},
     {"bundle", "data", "image_data", "made_cnn", "manifest_groups", "policy", "metrics", "scar"},
     {"domains", "kernels", "locality", "manifest", "predict_pages", "replay"},
@@ -22,11 +22,10 @@ LAYERS: list[set[str]] = [
     {"image", "made", "preprocess", "result", "router", "routing", "sidecar", "tasks", "trace", "variants"},
     {"batching", "serving", "store"},
     {"graph", "predict", "residency"},
-    {"autoroute", "fit", "image_requests", "submission"},
+    {"autoroute", "image_requests", "submission"},
     {"session"},
     {"diff", "evaluate", "measure", "transfer"},
-    {"hardware", "records"},
-    {"report"},
+    {"profile", "records"},
     {"commands"},
     {"cli"},
 ]

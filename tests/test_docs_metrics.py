@@ -30,6 +30,7 @@ RUNS = (
     "eval m.edgeml --data data --reference m.edgeml --also half,residency=masked,memory=50% --domains-seen sky --specialise 0.5",
     "routing m.edgeml --data data --limit 8",
     "diff full.edgeml m.edgeml --data data --split test --limit 8",
+    "profile m.edgeml --task mood --memory 50% --iterations 3 --cold 1 --tokens 4 --idle 0",
 )
 #: Heads that are names or numbers of what was measured.
 NAMES = {"m", "half", "sky", "talk", "lru", "lfu", "lookahead-16", "belady", "pager", "4", "16", "64", "256"}

@@ -34,11 +34,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "devices"))
 
 import numpy as np
 from benchlib import MODEL, ROOT, Verdict, finish, parser, progress, run, verdict
+from edgeml_devices.hardware import answered, measure_profile
 
 from edgeml.bundle import Bundle
 from edgeml.device import Profile
 from edgeml.graph_cost import graph_cost
-from edgeml.hardware import answered, measure_profile
 from edgeml.layout import WeightType
 from edgeml.made import Recipe, make_mixture
 from edgeml.manifest import ImageStages, Manifest, Task, load_manifest

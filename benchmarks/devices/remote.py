@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import sshd
-from benchlib import MODEL, ROOT, Verdict, finish, parser, progress, run, verdict
+from benchlib import MODEL, Verdict, finish, parser, progress, run, verdict
 
 from edgeml.errors import DeviceError
 from edgeml.metrics import Interval, bootstrap
@@ -43,7 +43,7 @@ WARM = 20
 
 def command(*arguments: str) -> list[str]:
     """The command line of this tree."""
-    return [sys.executable, "-m", "edgeml.cli", *arguments]
+    return [sys.executable, "-P", "-m", "edgeml.cli", *arguments]
 
 
 def median(values: list[float]) -> Interval:
@@ -141,7 +141,7 @@ def main() -> int:
     given = options.parse_args()
     if why := sshd.missing():
         raise DeviceError(f"this benchmark {why}")
-    os.environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / room) for room in (".", "exporters", "devices"))
+    os.environ["PYTHONPATH"] = sshd.packages()
     folder = Path(tempfile.mkdtemp(prefix="edgeml-bench-"))
     server = sshd.Sshd(folder)
     try:

@@ -23,6 +23,9 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+#ifdef EDGEML_SHARED /* while the shared library is compiled: what is declared here is exported */
+#pragma GCC visibility push(default)
+#endif
 
 /* ---- status ---- */
 
@@ -264,12 +267,53 @@ uint32_t edgeml_get_resident(edgeml_context *context, uint32_t *out, uint32_t ro
 /* Rows and columns of matrix `number` (0 to 2) of a page. Errors: BAD_ARGUMENT where there is none. */
 int edgeml_get_matrix(const edgeml_context *context, uint32_t page, uint32_t number, uint32_t *rows, uint32_t *cols);
 
+/* ---- events: what each thread did, for profiles ---- */
+
+/* JOB: an expert on some tokens. WAIT: a thread of a call has nothing to do until a page comes. READ: a reader fetches a page;
+ * CHECKSUM within it. HIT and MISS: a call acquires a page; they take no time. PART: another thread than the caller's works on a
+ * LINEAR or adds up what experts answered. LEASE: a request waits for its set. */
+typedef enum edgeml_event_kind {
+  EDGEML_EVENT_SITE = 1,
+  EDGEML_EVENT_JOB,
+  EDGEML_EVENT_WAIT,
+  EDGEML_EVENT_LEASE,
+  EDGEML_EVENT_READ,
+  EDGEML_EVENT_CHECKSUM,
+  EDGEML_EVENT_HIT,
+  EDGEML_EVENT_MISS,
+  EDGEML_EVENT_LINEAR,
+  EDGEML_EVENT_ROWS,
+  EDGEML_EVENT_PART
+} edgeml_event_kind;
+
+typedef struct edgeml_event {
+  uint64_t begin_ns, end_ns; /* of CLOCK_MONOTONIC */
+  uint64_t value;            /* tokens of SITE, JOB, LINEAR and ROWS, bytes of READ and CHECKSUM */
+  uint32_t thread;           /* the system's number of the thread */
+  uint32_t kind;             /* edgeml_event_kind */
+  uint32_t site, page, sub;  /* UINT32_MAX where none is meant */
+} edgeml_event;
+
+/* Note events from now on, in a new ring with room for this many (1 to 2^24); those of an earlier one are dropped. Errors:
+ * BAD_ARGUMENT, NO_MEMORY. */
+int edgeml_events_start(edgeml_context *context, uint32_t room);
+
+/* Move up to `room` events out of the ring, in the order in which they ended; returns how many. `lost`: those that found the ring
+ * full since it began. Allowed at any time, also after stop. */
+uint32_t edgeml_events_take(edgeml_context *context, edgeml_event *out, uint32_t room, uint64_t *lost);
+
+/* Note no more: what began before may still be noted when it ends. The ring stays until the next start or close. */
+void edgeml_events_stop(edgeml_context *context);
+
 /* ---- onnxruntime ---- */
 
 /* What register_custom_ops_library calls: adds the operators of the context named by the entry "edgeml.context" to an
  * OrtSessionOptions. `base` is an OrtApiBase, the result an OrtStatus: NULL when fine. */
 void *RegisterCustomOps(void *options, const void *base);
 
+#ifdef EDGEML_SHARED
+#pragma GCC visibility pop
+#endif
 #ifdef __cplusplus
 }
 #endif

@@ -13,12 +13,23 @@
 #define POLYNOMIAL 0x82f63b78u /* Castagnoli, reflected */
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <nmmintrin.h>
 #define HARDWARE "sse4.2"
+#ifdef __clang__ /* has a name of its own for these instructions */
+#define WITH_CRC "sse4.2,crc32"
+#else
+#define WITH_CRC "sse4.2"
+#endif
 
-static int hardware_present(void) { return __builtin_cpu_supports("sse4.2"); }
+static int hardware_present(void) { /* __builtin_cpu_supports is not in every compiler's library */
+  static _Atomic int known; /* 0: not asked yet, as asking is slow */
+  unsigned a, b, c, d;
+  if (!known) known = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_SSE4_2) ? 1 : -1;
+  return known > 0;
+}
 
-__attribute__((target("sse4.2"))) static uint32_t hardware(uint32_t crc, const uint8_t *p, size_t n) {
+__attribute__((target(WITH_CRC))) static uint32_t hardware(uint32_t crc, const uint8_t *p, size_t n) {
   uint64_t state = crc;
   for (; n >= 8; p += 8, n -= 8) {
     uint64_t word;
@@ -31,7 +42,7 @@ __attribute__((target("sse4.2"))) static uint32_t hardware(uint32_t crc, const u
 }
 
 /* Three streams of `n` bytes (a multiple of 8) that lie one after the other. */
-__attribute__((target("sse4.2"))) static void hardware_three(uint32_t crcs[3], const uint8_t *p, size_t n) {
+__attribute__((target(WITH_CRC))) static void hardware_three(uint32_t crcs[3], const uint8_t *p, size_t n) {
   uint64_t a = crcs[0], b = crcs[1], c = crcs[2];
   for (const uint8_t *end = p + n; p < end; p += 8) {
     uint64_t words[3];
@@ -42,11 +53,15 @@ __attribute__((target("sse4.2"))) static void hardware_three(uint32_t crcs[3], c
 }
 #elif defined(__aarch64__)
 #include <arm_acle.h>
-#include <sys/auxv.h>
 #define HARDWARE "armv8"
+#ifdef __APPLE__
+static int hardware_present(void) { return 1; } /* since the first 64-bit one that a supported system runs on */
+#else
+#include <sys/auxv.h>
 #define EDGEML_HWCAP_CRC32 (1ul << 7)
 
 static int hardware_present(void) { return (getauxval(AT_HWCAP) & EDGEML_HWCAP_CRC32) != 0; }
+#endif
 
 __attribute__((target("+crc"))) static uint32_t hardware(uint32_t crc, const uint8_t *p, size_t n) {
   for (; n >= 8; p += 8, n -= 8) {

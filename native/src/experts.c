@@ -58,6 +58,8 @@ enum { LINEAR_ROWS = 64 }; /* per piece of work */
 typedef struct linear_call {
   const edgeml_kernels *kernels;
   const page *page;
+  events *events;
+  uint32_t number;
   inputs in;
   float *y;
   atomic_uint next;
@@ -66,12 +68,13 @@ typedef struct linear_call {
 static void linear_body(void *argument, int worker) {
   linear_call *c = argument;
   const matrix *m = &c->page->matrices[0];
-  (void)worker;
+  uint64_t since = worker ? events_begin(c->events) : 0;
   for (;;) {
     size_t begin = (size_t)atomic_fetch_add(&c->next, 1) * LINEAR_ROWS, end = begin + LINEAR_ROWS;
-    if (begin >= m->rows) return;
+    if (begin >= m->rows) break;
     apply(c->kernels, c->page->data, m, &c->in, begin, end < m->rows ? end : m->rows, c->y, m->rows);
   }
+  events_end(c->events, (edgeml_event){since, 0, c->in.n, 0, EDGEML_EVENT_PART, NO_SITE, c->number, UINT32_MAX});
 }
 
 int edgeml_linear(edgeml_context *context, uint32_t number, const float *x, size_t n, float *y) {
@@ -79,14 +82,16 @@ int edgeml_linear(edgeml_context *context, uint32_t number, const float *x, size
   const page *p = &context->pager.pages[number];
   const matrix *m = &p->matrices[0];
   edgeml_request *request = request_current(context);
+  uint64_t begin = events_begin(&context->pager.events);
   scratch *s = scratch_take(context, request);
   for (size_t done = 0; done < n; done += CHUNK_TOKENS) {
-    linear_call c = {.kernels = context->kernels, .page = p, .y = y + done * m->rows};
+    linear_call c = {.kernels = context->kernels, .page = p, .y = y + done * m->rows, .events = &context->pager.events, .number = number};
     c.in = (inputs){x + done * m->cols, s->in, n - done < CHUNK_TOKENS ? n - done : CHUNK_TOKENS};
     if (m->type != WEIGHT_F32) context->kernels->quantize(c.in.x, c.in.n, m->cols, s->in.q, s->in.scale, s->in.qsum);
     pool_run(&context->pool, linear_body, &c);
   }
   scratch_return(context, request, s);
+  events_end(&context->pager.events, (edgeml_event){begin, 0, n, 0, EDGEML_EVENT_LINEAR, NO_SITE, number, UINT32_MAX});
   return EDGEML_OK;
 }
 
@@ -258,6 +263,14 @@ static job *next_ready(call *c, int *loading) {
   return NULL;
 }
 
+/* A thread besides the calling one waits: no request's time. */
+static void wait_beside(const call *c) {
+  pager *pg = &c->context->pager;
+  uint64_t begin = events_begin(&pg->events);
+  pthread_cond_wait(&pg->changed, &pg->lock);
+  events_end(&pg->events, (edgeml_event){begin, 0, 0, 0, EDGEML_EVENT_WAIT, c->site_number, UINT32_MAX, UINT32_MAX});
+}
+
 static void experts_body(void *argument, int worker) {
   call *c = argument;
   pager *pg = &c->context->pager;
@@ -271,13 +284,16 @@ static void experts_body(void *argument, int worker) {
       c->running++;
       start_deferred(c, 0);
       pthread_mutex_unlock(&pg->lock);
+      uint64_t begin = events_begin(&pg->events);
       compute(c, j, &c->scratch->workers[worker]);
+      events_end(&pg->events, (edgeml_event){begin, 0, j->end - j->begin, 0, EDGEML_EVENT_JOB, c->site_number, j->expert->page,
+                                             j->expert->sub});
       pthread_mutex_lock(&pg->lock);
       finish_job(c, j);
     } else if (start_deferred(c, 0)) {
       continue;
     } else if (loading || c->running) {
-      if (worker) pthread_cond_wait(&pg->changed, &pg->lock);
+      if (worker) wait_beside(c);
       else pager_wait(pg, c->request, c->site_number);
     } else if (worker) {
       break; /* what is left needs a slot: the calling thread's business */
@@ -299,7 +315,8 @@ static void combine_body(void *argument, int worker) {
   call *c = argument;
   const edgeml_kernels *kernels = c->context->kernels;
   size_t hidden = c->site->hidden;
-  (void)worker;
+  events *log = &c->context->pager.events;
+  uint64_t begin = worker ? events_begin(log) : 0;
   for (uint32_t t; (t = atomic_fetch_add(&c->next_token, 1)) < c->tokens;) {
     float *out = c->out + t * hidden;
     memset(out, 0, hidden * sizeof *out);
@@ -310,6 +327,7 @@ static void combine_body(void *argument, int worker) {
       if (c->ids[at] >= 0) kernels->axpy(out, c->weights[at], c->scratch->routed + c->scratch->row_of[at] * hidden, hidden);
     }
   }
+  events_end(log, (edgeml_event){begin, 0, c->tokens, 0, EDGEML_EVENT_PART, c->site_number, UINT32_MAX, UINT32_MAX});
 }
 
 static void run_chunk(call *c) {
@@ -337,6 +355,7 @@ int edgeml_experts(edgeml_context *context, edgeml_request *request, uint32_t nu
   for (size_t i = 0; !fault.status && i < n * k; i++)
     if (ids[i] < -1 || ids[i] >= (int64_t)at->expert_count) fault.status = EDGEML_BAD_ARGUMENT, fault.value = ids[i];
   if (!fault.status) {
+    uint64_t begin = events_begin(&context->pager.events);
     scratch *s = scratch_take(context, request);
     for (size_t done = 0; done < n && !fault.status; done += CHUNK_TOKENS) {
       call c = {.context = context, .request = request, .site = at, .site_number = number, .scratch = s, .k = (uint32_t)k};
@@ -346,6 +365,7 @@ int edgeml_experts(edgeml_context *context, edgeml_request *request, uint32_t nu
       fault = c.fault;
     }
     scratch_return(context, request, s);
+    events_end(&context->pager.events, (edgeml_event){begin, 0, n, 0, EDGEML_EVENT_SITE, number, UINT32_MAX, UINT32_MAX});
   }
   if (request && fault.status) request->fault = fault;
   return fault.status;

@@ -64,4 +64,11 @@ extern const edgeml_kernels edgeml_kernels_neon, edgeml_kernels_neon_dotprod;
 /* `quantize` of "avx2", which "avx512vnni" shares. */
 void edgeml_quantize_avx2(const float *x, size_t n, size_t k, int8_t *q, float *scale, int32_t *qsum);
 
+/* What "neon-dotprod" shares with "neon". */
+void edgeml_quantize_neon(const float *x, size_t n, size_t k, int8_t *q, float *scale, int32_t *qsum);
+void edgeml_matmul_f32_neon(const void *tiles, size_t rows, size_t k, size_t row_begin, size_t row_end, const float *x, size_t n,
+                            const float *bias, float *y, size_t ldy);
+void edgeml_activate_neon(int activation, float *y, size_t n);
+void edgeml_axpy_neon(float *out, float w, const float *y, size_t n);
+
 #endif

@@ -4,7 +4,7 @@
 #include <pthread.h>
 #include <string.h>
 
-#if defined(__AVX__) || defined(__AVX2__) || defined(__AVX512F__) || defined(__ARM_FEATURE_DOTPROD)
+#if defined(__AVX__) || defined(__AVX2__) || defined(__AVX512F__) || (defined(__ARM_FEATURE_DOTPROD) && !defined(__APPLE__))
 #error "compile kernels_dispatch.c without instruction set flags: it must run on a processor that has none of them"
 #endif
 
@@ -16,23 +16,45 @@ static pthread_once_t once = PTHREAD_ONCE_INIT;
 static void add(const edgeml_kernels *table) { runnable[runnable_count++] = table; }
 
 #if defined(__x86_64__)
+#include <cpuid.h>
+
+/* The processor is asked itself: __builtin_cpu_supports needs a part of the compiler's library that not every compiler ships. */
+static unsigned enabled_registers(void) { /* what the system saves and restores */
+  unsigned low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return low;
+}
+
 static void detect(void) {
-  __builtin_cpu_init();
+  enum { FMA = 1 << 12, OSXSAVE = 1 << 27, F16C = 1 << 29, AVX2 = 1 << 5, AVX512F = 1 << 16, AVX512BW = 1 << 30, AVX512VNNI = 1 << 11 };
+  const unsigned avx512vl = 1u << 31, first = FMA | OSXSAVE | F16C, ymm = 0x6, zmm = 0xe6, wide = AVX512F | AVX512BW | avx512vl;
+  unsigned a, b, c, d, more;
   add(&edgeml_kernels_scalar);
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || (c & first) != first || (enabled_registers() & ymm) != ymm) return;
+  if (!__get_cpuid_count(7, 0, &a, &b, &more, &d) || !(b & AVX2)) return;
   add(&edgeml_kernels_avx2);
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512vnni"))
-    add(&edgeml_kernels_avx512vnni);
+  if ((b & wide) == wide && (more & AVX512VNNI) && (enabled_registers() & zmm) == zmm) add(&edgeml_kernels_avx512vnni);
 }
 #elif defined(__aarch64__)
+#ifdef __APPLE__
+#include <sys/sysctl.h>
+
+static int has_dotprod(void) {
+  int there = 0;
+  size_t size = sizeof there;
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &there, &size, NULL, 0) == 0 && there;
+}
+#else
 #include <sys/auxv.h>
 #define HWCAP_DOTPROD (1ul << 20)
+
+static int has_dotprod(void) { return (getauxval(AT_HWCAP) & HWCAP_DOTPROD) != 0; }
+#endif
 
 static void detect(void) {
   add(&edgeml_kernels_scalar);
   add(&edgeml_kernels_neon); /* part of every ARMv8-A */
-  if (getauxval(AT_HWCAP) & HWCAP_DOTPROD) add(&edgeml_kernels_neon_dotprod);
+  if (has_dotprod()) add(&edgeml_kernels_neon_dotprod);
 }
 #else
 static void detect(void) { add(&edgeml_kernels_scalar); }

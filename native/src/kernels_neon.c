@@ -102,6 +102,7 @@ INLINE void tile_sums(int type, int tokens, int part, const uint8_t *tile, const
 }
 #endif
 
+#ifndef DOTPROD
 /* 32 floats. The bits of |x| order like the numbers, with infinity and NaN on top. */
 INLINE void quantize_block(const float *x, int8_t *q, float *scale, int32_t *qsum) {
   uint32x4_t largest = vdupq_n_u32(0);
@@ -126,7 +127,7 @@ INLINE void quantize_block(const float *x, int8_t *q, float *scale, int32_t *qsu
   *qsum = (int32_t)vaddlvq_s8(halves[0]) + vaddlvq_s8(halves[1]);
 }
 
-static void quantize(const float *x, size_t n, size_t k, int8_t *q, float *scale, int32_t *qsum) {
+void edgeml_quantize_neon(const float *x, size_t n, size_t k, int8_t *q, float *scale, int32_t *qsum) {
   const size_t whole_blocks = k / TILE_COLS, rest = k % TILE_COLS;
   for (; n > 0; n--, x += rest) {
     for (size_t b = 0; b < whole_blocks; b++, x += TILE_COLS, q += TILE_COLS) quantize_block(x, q, scale++, qsum++);
@@ -138,10 +139,19 @@ static void quantize(const float *x, size_t n, size_t k, int8_t *q, float *scale
   }
 }
 
-#ifdef DOTPROD
-const edgeml_kernels edgeml_kernels_neon_dotprod = {
-    "neon-dotprod", quantize, matmul_int8, matmul_int4, matmul_f32, activate, axpy, edgeml_attend_neon};
-#else
+void edgeml_matmul_f32_neon(const void *tiles, size_t rows, size_t k, size_t row_begin, size_t row_end, const float *x, size_t n,
+                            const float *bias, float *y, size_t ldy) {
+  matmul_f32(tiles, rows, k, row_begin, row_end, x, n, bias, y, ldy);
+}
+
+void edgeml_activate_neon(int activation, float *y, size_t n) { activate(activation, y, n); }
+void edgeml_axpy_neon(float *out, float w, const float *y, size_t n) { axpy(out, w, y, n); }
+
 const edgeml_kernels edgeml_kernels_neon = {
-    "neon", quantize, matmul_int8, matmul_int4, matmul_f32, activate, axpy, edgeml_attend_neon};
+    "neon", edgeml_quantize_neon, matmul_int8, matmul_int4, edgeml_matmul_f32_neon, edgeml_activate_neon, edgeml_axpy_neon,
+    edgeml_attend_neon};
+#else
+const edgeml_kernels edgeml_kernels_neon_dotprod = {
+    "neon-dotprod", edgeml_quantize_neon, matmul_int8, matmul_int4, edgeml_matmul_f32_neon, edgeml_activate_neon, edgeml_axpy_neon,
+    edgeml_attend_neon};
 #endif

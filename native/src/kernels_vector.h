@@ -142,6 +142,7 @@ static void matmul_int4(const void *tiles, size_t rows, size_t k, size_t row_beg
   matmul_int(WEIGHT_INT4, tiles, rows, k, row_begin, row_end, q, scale, qsum, n, bias, y, ldy);
 }
 
+#ifndef DOTPROD /* which shares the rest with "neon" */
 static void matmul_f32(const void *tiles, size_t rows, size_t k, size_t row_begin, size_t row_end, const float *x, size_t n,
                        const float *bias, float *y, size_t ldy) {
   size_t blocks = (k + TILE_COLS - 1) / TILE_COLS;
@@ -180,5 +181,6 @@ static void axpy(float *out, float w, const float *y, size_t n) {
   store(line, canonical(load(line) + load(other) * w));
   memcpy(out, line, n * sizeof(float));
 }
+#endif
 
 #endif

@@ -8,7 +8,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
 
 #define PAGE_USE (1u << 20)
@@ -54,7 +53,10 @@ static edgeml_fault read_checked(pager *pg, const page *p, uint8_t *to, int dire
   int error = 0;
   fault.status = read_once(pg, p, to, direct, &error);
   fault.error = error;
-  if (fault.status == EDGEML_OK && edgeml_crc32c(0, to, p->length) != p->crc) fault.status = EDGEML_CHECKSUM;
+  if (fault.status != EDGEML_OK) return fault;
+  uint64_t begin = events_begin(&pg->events);
+  if (edgeml_crc32c(0, to, p->length) != p->crc) fault.status = EDGEML_CHECKSUM;
+  events_end(&pg->events, (edgeml_event){begin, 0, p->length, 0, EDGEML_EVENT_CHECKSUM, p->site, fault.page, UINT32_MAX});
   return fault;
 }
 
@@ -62,7 +64,9 @@ edgeml_fault pager_read(pager *pg, const page *p, uint8_t *to) {
   edgeml_fault fault = read_checked(pg, p, to, __atomic_load_n(&pg->direct, __ATOMIC_RELAXED));
   if (fault.status == EDGEML_OK) return fault;
   __atomic_add_fetch(&pg->retries, 1, __ATOMIC_RELAXED);
+#ifdef POSIX_FADV_DONTNEED
   posix_fadvise(pg->fd, (off_t)p->offset, (off_t)p->length, POSIX_FADV_DONTNEED); /* a damaged cached copy must not come back */
+#endif
   return read_checked(pg, p, to, pg->direct_fd >= 0);
 }
 
@@ -122,6 +126,9 @@ void pager_count(pager *pg, page *p, edgeml_request *request) {
   for (int i = 0; i < 3; i++) {
     if (counters[i]) (p->state == PAGE_RESIDENT ? counters[i]->hits++ : counters[i]->misses++);
   }
+  uint64_t now = events_begin(&pg->events);
+  uint32_t kind = p->state == PAGE_RESIDENT ? EDGEML_EVENT_HIT : EDGEML_EVENT_MISS;
+  events_end(&pg->events, (edgeml_event){now, now, 0, 0, kind, p->site, (uint32_t)(p - pg->pages), UINT32_MAX});
 }
 
 static void count_bytes(pager *pg, const page *p, edgeml_request *request) {
@@ -161,14 +168,11 @@ static void end_turn(pager *pg) {
   pthread_cond_broadcast(&pg->changed);
 }
 
-static uint64_t now_ns(void) {
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
 static void count_wait(pager *pg, edgeml_request *request, uint32_t site, uint64_t since) {
   uint64_t waited = now_ns() - since;
+  if (events_begin(&pg->events))
+    events_add(&pg->events,
+               (edgeml_event){since, 0, 0, 0, site == NO_SITE ? EDGEML_EVENT_LEASE : EDGEML_EVENT_WAIT, site, UINT32_MAX, UINT32_MAX});
   pg->total.page_wait_ns += waited;
   if (site != NO_SITE) pg->sites[site].page_wait_ns += waited;
   if (request) request->counters.page_wait_ns += waited;
@@ -352,7 +356,9 @@ static void *reader_main(void *argument) {
     uint8_t *to = pg->arena + p->slot * pg->slot_bytes;
     p->queued = 0, pg->queued_count--;
     pthread_mutex_unlock(&pg->lock);
+    uint64_t begin = events_begin(&pg->events);
     edgeml_fault fault = pager_read(pg, p, to);
+    events_end(&pg->events, (edgeml_event){begin, 0, p->length, 0, EDGEML_EVENT_READ, p->site, (uint32_t)(p - pg->pages), UINT32_MAX});
     pthread_mutex_lock(&pg->lock);
     pg->loading_count--;
     if (fault.status == EDGEML_OK) {
@@ -399,6 +405,7 @@ int pager_open(pager *pg, int fd, int direct, page *pages, uint32_t count, uint3
   pthread_mutex_init(&pg->lock, NULL);
   pthread_cond_init(&pg->changed, NULL);
   pthread_cond_init(&pg->work, NULL);
+  events_open(&pg->events);
   pg->direct_fd = open_direct(fd);
   pg->direct = direct && pg->direct_fd >= 0;
   pg->slot_page = malloc((slots + 1) * sizeof *pg->slot_page);
@@ -430,6 +437,7 @@ void pager_close(pager *pg) {
   free(pg->pages);
   if (pg->direct_fd >= 0) close(pg->direct_fd);
   close(pg->fd);
+  events_close(&pg->events);
   pthread_cond_destroy(&pg->work);
   pthread_cond_destroy(&pg->changed);
   pthread_mutex_destroy(&pg->lock);

@@ -27,6 +27,7 @@
 #include <pthread.h>
 
 #include "edgeml.h"
+#include "events.h"
 
 #define NO_SITE UINT32_MAX
 #define NO_SLOT UINT32_MAX
@@ -83,6 +84,7 @@ typedef struct pager {
   uint32_t next_count, ahead_left;
   edgeml_counters total, *sites;
   uint64_t evictions, retries, failures;
+  events events;          /* of the whole context; with a lock of its own */
 } pager;
 
 /* Parse and check the index; *out is malloc'ed, (index_bytes / 128). BAD_INDEX or NO_MEMORY. */

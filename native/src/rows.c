@@ -24,7 +24,9 @@ static edgeml_fault read_row(edgeml_context *c, uint32_t number, uint64_t row, u
   edgeml_fault fault = read_row_once(c, number, row, to);
   if (!fault.status) return fault;
   __atomic_add_fetch(&c->pager.retries, 1, __ATOMIC_RELAXED);
+#ifdef POSIX_FADV_DONTNEED
   posix_fadvise(c->pager.fd, (off_t)fault.offset, (off_t)c->pager.pages[number].stride, POSIX_FADV_DONTNEED);
+#endif
   return read_row_once(c, number, row, to);
 }
 
@@ -46,6 +48,7 @@ int edgeml_embed_rows(edgeml_context *context, edgeml_request *request, uint32_t
   } else {
     const page *p = &context->pager.pages[number];
     row_cache *cache = &context->rows[number];
+    uint64_t begin = events_begin(&context->pager.events);
     pthread_mutex_lock(&cache->lock);
     for (size_t i = 0; i < n && !fault.status; i++) {
       if (ids[i] < 0 || ids[i] >= (int64_t)p->matrices[0].rows) {
@@ -63,6 +66,7 @@ int edgeml_embed_rows(edgeml_context *context, edgeml_request *request, uint32_t
       unpack_row(p, bytes, out + i * p->matrices[0].cols);
     }
     pthread_mutex_unlock(&cache->lock);
+    events_end(&context->pager.events, (edgeml_event){begin, 0, n, 0, EDGEML_EVENT_ROWS, NO_SITE, number, UINT32_MAX});
   }
   if (request && fault.status) request->fault = fault;
   return fault.status;

@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -308,6 +309,88 @@ static void requests(const fixture *f) {
   assert(edgeml_close(c) == EDGEML_OK);
 }
 
+/* Four threads note events while a fifth takes them: none is lost unseen, those of a thread nest, and off means off. */
+typedef struct taker {
+  edgeml_context *context;
+  atomic_int *stop;
+  uint64_t taken;
+} taker;
+
+static void *take(void *argument) {
+  taker *t = argument;
+  static edgeml_event events[256];
+  for (int last = 0; !last;) {
+    last = atomic_load(t->stop);
+    uint64_t lost;
+    for (uint32_t n; (n = edgeml_events_take(t->context, events, 256, &lost));) t->taken += n;
+  }
+  return NULL;
+}
+
+static void events_of_threads(const fixture *f) {
+  uint32_t expected[SITES];
+  inputs in;
+  edgeml_context *c = open_with(f, EXPERTS, 2, 1);
+  for (uint32_t s = 0; s < SITES; s++) draw(&in, s), expected[s] = answer(c, NULL, s, &in);
+  pthread_t threads[5];
+  user users[4];
+  atomic_int stop = 0;
+  taker t = {c, &stop, 0};
+  uint64_t lost = 1;
+  assert(edgeml_events_start(c, 1 << 16) == EDGEML_OK);
+  for (uint32_t i = 0; i < 4; i++) {
+    users[i] = (user){f, c, expected, i};
+    assert(pthread_create(&threads[i], NULL, work, &users[i]) == 0);
+  }
+  assert(pthread_create(&threads[4], NULL, take, &t) == 0);
+  for (int i = 0; i < 4; i++) pthread_join(threads[i], NULL);
+  atomic_store(&stop, 1);
+  pthread_join(threads[4], NULL);
+  edgeml_event event;
+  assert(edgeml_events_take(c, &event, 0, &lost) == 0 && lost == 0 && t.taken > 4 * 30 * 2);
+  edgeml_events_stop(c);
+  assert(edgeml_close(c) == EDGEML_OK);
+}
+
+static void events_ring(const fixture *f) {
+  static edgeml_event events[4096];
+  inputs in;
+  uint64_t lost = 7;
+  edgeml_context *c = open_with(f, 2, 1, 0);
+  draw(&in, 0);
+  answer(c, NULL, 0, &in);
+  assert(edgeml_events_take(c, events, 4096, &lost) == 0 && lost == 0); /* never begun */
+  assert(edgeml_events_start(c, 0) == EDGEML_BAD_ARGUMENT && edgeml_events_start(c, (1u << 24) + 1) == EDGEML_BAD_ARGUMENT);
+  assert(edgeml_events_start(c, 4096) == EDGEML_OK);
+  edgeml_evict_all(c);
+  answer(c, NULL, 0, &in);
+  edgeml_settle(c);
+  edgeml_events_stop(c);
+  uint32_t n = edgeml_events_take(c, events, 4096, &lost), of[EDGEML_EVENT_PART + 1] = {0};
+  assert(n > 0 && lost == 0);
+  const edgeml_event *site = NULL;
+  for (uint32_t i = 0; i < n; i++) {
+    assert(events[i].kind >= EDGEML_EVENT_SITE && events[i].kind <= EDGEML_EVENT_PART && events[i].thread);
+    assert(events[i].begin_ns && events[i].begin_ns <= events[i].end_ns && events[i].site == 0);
+    of[events[i].kind]++;
+    if (events[i].kind == EDGEML_EVENT_SITE) site = &events[i];
+  }
+  assert(site && of[EDGEML_EVENT_SITE] == 1 && site->value == TOKENS && of[EDGEML_EVENT_MISS] == EXPERTS && of[EDGEML_EVENT_HIT] == 0);
+  assert(of[EDGEML_EVENT_READ] >= EXPERTS && of[EDGEML_EVENT_CHECKSUM] == of[EDGEML_EVENT_READ] && of[EDGEML_EVENT_JOB] > EXPERTS);
+  for (uint32_t i = 0; i < n; i++) {
+    if (events[i].kind == EDGEML_EVENT_READ) assert(events[i].thread != site->thread && events[i].value && events[i].page < EXPERTS);
+    else if (events[i].thread == site->thread) assert(events[i].begin_ns >= site->begin_ns && events[i].end_ns <= site->end_ns);
+  }
+  answer(c, NULL, 0, &in);
+  assert(edgeml_events_take(c, events, 4096, &lost) == 0); /* off */
+  assert(edgeml_events_start(c, 3) == EDGEML_OK);
+  answer(c, NULL, 0, &in);
+  edgeml_events_stop(c);
+  assert(edgeml_events_take(c, events, 2, &lost) == 2 && lost > 3); /* what came first is kept, the rest counted */
+  assert(edgeml_events_take(c, events, 2, &lost) == 1 && edgeml_events_take(c, events, 2, &lost) == 0);
+  assert(edgeml_close(c) == EDGEML_OK);
+}
+
 static void no_descriptors(const fixture *f) {
   edgeml_options o = {f->fd, 0, f->index, sizeof f->index, f->sites, SITES, 1, 1, 1, 1, NULL, 0};
   edgeml_context *c;
@@ -373,6 +456,8 @@ int main(void) {
   rows(&f);
   late_worker(&f);
   requests(&f);
+  events_of_threads(&f);
+  events_ring(&f);
   no_descriptors(&f);
   absurd_sizes();
   broken_index(&f);

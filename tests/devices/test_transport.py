@@ -173,7 +173,7 @@ def test_a_connection_that_breaks_in_a_run(wire: Far, toy: Path) -> None:
 
 
 def test_a_host_that_is_killed_leaves_nothing_there(wire: Far, toy: Path) -> None:
-    command = [sys.executable, "-m", "edgeml.cli", "device", "serve-stdin", str(toy), *wire.arguments]
+    command = [sys.executable, "-P", "-m", "edgeml.cli", "device", "serve-stdin", str(toy), *wire.arguments]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     with (
         tempfile.TemporaryDirectory() as sockets,  # what a killed process cannot remove; a socket's path must be short

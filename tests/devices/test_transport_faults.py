@@ -242,7 +242,7 @@ def test_a_far_side_that_is_silent(local_far: Far, monkeypatch: pytest.MonkeyPat
 
 
 def test_ctrl_c_ends_it_on_both_sides(local_far: Far, toy: Path) -> None:
-    command = [sys.executable, "-m", "edgeml.cli", "device", "serve-stdin", str(toy), *local_far.arguments]
+    command = [sys.executable, "-P", "-m", "edgeml.cli", "device", "serve-stdin", str(toy), *local_far.arguments]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as child:
         assert child.stdin is not None

@@ -452,13 +452,10 @@ def test_the_transfer_matrix_is_measured_and_kept(
 
     asked = [rebuild(change=apart), *BASE[1:]]
     found = said(capsys, *asked, "--memory", "50%", "--learn")["learned"]
-    count = len(found["domains"])
-    assert count > 1
-    assert [len(row) for row in found["ratios"]] == [count] * count
-    assert all(found["ratios"][number][number] in (None, 1) for number in range(count))
+    assert found["domains"] == ["mind", "sky"]
+    assert all(row[number] in (None, 1) for number, row in enumerate(found["ratios"]))
     assert found["by"] == "labels"
-    (kept,) = tmp_path.glob("*.usage")
-    assert kept.stat().st_size > 100
+    assert len(list(tmp_path.glob("*.usage"))) == 1
     assert "everything" in sentence(capsys, 2, *asked, "--memory", "100%", "--learn")
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from edgeml_devices.fit import fit_bundle
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeml.bundle import Bundle
 from edgeml.device import FIGURES, Figure, Profile, parse_profile, read_profile, write_profile
 from edgeml.errors import BudgetError, BundleError, DataError, UsageError
-from edgeml.fit import fit_bundle
 from edgeml.graph_bytes import Node, graph
 from edgeml.graph_cost import graph_cost
 from edgeml.layout import WeightType

@@ -136,7 +136,7 @@ def test_a_mask_comes_only_when_a_deadline_would_be_missed(toy: Path, state: Pat
         session.evict_all()
         late = session.run("weather", texts=TEXTS, deadline_s=10)
         assert late.counters.masked_tokens == late.counters.tokens > 0
-        assert late.counters.page_in_bytes == 0, "there was no time to read anything"
+        assert late.counters.misses == 0, "there was no time to read anything; what was under way may still have come in"
         assert len(late.labels) == len(TEXTS)
 
 

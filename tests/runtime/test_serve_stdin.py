@@ -240,7 +240,7 @@ def test_without_standard_output_it_says_so(toy: Path) -> None:
 def test_a_parent_that_never_reads_is_not_read_for_ever(toy: Path) -> None:
     """Its answers must not fill the memory: after some lines it has to read before more is taken from it."""
     start = "import sys, edgeml.commands.serve as serve; serve.UNREAD = 8; from edgeml.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", start, "serve-stdin", str(toy), "--threads", "1", "--quiet"]
+    command = [sys.executable, "-P", "-c", start, "serve-stdin", str(toy), "--threads", "1", "--quiet"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdin is not None
         assert child.stdout is not None

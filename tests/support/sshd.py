@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import socket
@@ -11,7 +12,6 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
 SSHD = shutil.which("sshd") or next((str(p) for p in (Path("/usr/sbin/sshd"),) if p.exists()), None)
 
 
@@ -24,10 +24,16 @@ def missing() -> str | None:
     return None
 
 
+def packages() -> str:
+    """Where the edgeml that runs here comes from, installed or not, for PYTHONPATH."""
+    found = [importlib.util.find_spec(name) for name in ("edgeml", "edgeml_devices", "edgeml_report")]
+    return ":".join(dict.fromkeys(str(Path(spec.origin).parents[1]) for spec in found if spec is not None and spec.origin))
+
+
 def far_python(folder: Path) -> Path:
-    """A Python that has this tree's edgeml, as a far side would: a script, because a login there does not take our environment."""
+    """A Python that has the edgeml which runs here, as a far side would: a script, because a login there does not take our environment."""
     script = folder / "far-python"
-    paths = ":".join(str(ROOT / room) for room in (".", "exporters", "devices"))
+    paths = packages()
     script.write_text(f'#!/bin/sh\nPYTHONPATH={paths} OMP_NUM_THREADS=1 exec {sys.executable} "$@"\n')
     script.chmod(0o755)
     return script

@@ -8,12 +8,12 @@ from pathlib import Path
 import click
 
 from edgeml.bundle import Bundle
-from edgeml.commands._fit_print import print_fit
 from edgeml.commands._options import bundle_argument, json_option, quiet_option
-from edgeml.fit import fit_bundle
 from edgeml.manifest import load_manifest
 from edgeml.variants import Wish
 from edgeml_devices.commands.probe import measured
+from edgeml_devices.fit import fit_bundle
+from edgeml_devices.fit_print import print_fit
 from edgeml_devices.library import find
 
 

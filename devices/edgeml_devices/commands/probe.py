@@ -11,7 +11,7 @@ from edgeml.bundle_writer import write_file
 from edgeml.commands._options import json_option, progress, quiet_option
 from edgeml.device import NAME, Profile, write_profile
 from edgeml.errors import UsageError
-from edgeml.hardware import STEPS, measure_profile
+from edgeml_devices.hardware import STEPS, measure_profile
 
 __all__ = ["command", "measured"]
 

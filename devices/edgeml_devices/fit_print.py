@@ -8,9 +8,9 @@ import click
 
 from edgeml.commands._options import printable
 from edgeml.device import Profile
-from edgeml.fit import Fit
 from edgeml.predict import Interval
 from edgeml.sizes import format_bytes
+from edgeml_devices.fit import Fit
 
 __all__ = ["print_fit", "print_folder"]
 

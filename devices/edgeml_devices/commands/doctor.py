@@ -10,14 +10,14 @@ from typing import Any
 import click
 
 from edgeml.bundle import Bundle
-from edgeml.commands._fit_print import print_fit, print_folder
 from edgeml.commands._options import json_option, printable, progress, quiet_option
 from edgeml.device import Profile, read_profile
 from edgeml.errors import BundleError
-from edgeml.fit import fit_bundle, fit_folder, read_folder
-from edgeml.hardware import STEPS, describe, measure_profile, read_rates
 from edgeml.manifest import load_manifest
 from edgeml.sizes import format_bytes
+from edgeml_devices.fit import fit_bundle, fit_folder, read_folder
+from edgeml_devices.fit_print import print_fit, print_folder
+from edgeml_devices.hardware import STEPS, describe, measure_profile, read_rates
 
 QUICK_S = 0.15  # of reading for each block size and depth, where only the machine is looked at
 
@@ -89,10 +89,12 @@ def checks(machine: dict[str, Any]) -> list[dict[str, Any]]:
         found.append({"name": name, "good": good, "said": sentence})
 
     kernels = machine["kernels"]
-    say("kernels", len(kernels) > 1, f"{kernels[-1]}, of {', '.join(kernels)}" if len(kernels) > 1 else "plain C only: slow, though right")
+    slow = {"numpy": "NumPy in the place of the C extension: slow, though right; install the wheel for this kind of machine"}
+    only = slow.get(kernels[-1], "plain C only: slow, though right")
+    say("kernels", len(kernels) > 1, f"{kernels[-1]}, of {', '.join(kernels)}" if len(kernels) > 1 else only)
     runtime = machine["onnxruntime"]
     say("onnxruntime", runtime is not None, f"version {runtime}" if runtime else "is not installed: no graph can run")
-    say("checksums", machine["checksum"] != "table", f"by {machine['checksum']}")
+    say("checksums", machine["checksum"] not in ("table", "numpy"), f"by {machine['checksum']}")
     spare = machine["available_bytes"]
     say(
         "memory",

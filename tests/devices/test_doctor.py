@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from edgeml_devices import hardware
+from edgeml_devices.fit import fit_folder, read_folder
 
-from edgeml import hardware
 from edgeml.cli import main
 from edgeml.commands import doctor
 from edgeml.device import Figure, Profile, write_profile
 from edgeml.errors import DataError, DeviceError
-from edgeml.fit import fit_folder, read_folder
 from edgeml.made import make_mixture
 
 FIGURES = {
