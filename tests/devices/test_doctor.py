@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from edgeml_devices import hardware
+from edgeml_devices.commands import doctor
 from edgeml_devices.fit import fit_folder, read_folder
 
 from edgeml.cli import main
-from edgeml.commands import doctor
 from edgeml.device import Figure, Profile, write_profile
 from edgeml.errors import DataError, DeviceError
 from edgeml.made import make_mixture
