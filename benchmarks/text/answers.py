@@ -6,6 +6,7 @@ on the same drawn rows, drawn separately for every task (`edgeml.metrics.bootstr
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import zlib
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from benchlib import MODEL, ROOT, parser, shared_text
 from numpy.typing import NDArray
 
 from edgeml.data import Row, TaskData, find_tasks
@@ -26,6 +28,19 @@ from edgeml.session import Session
 
 Labels = NDArray[np.int64]
 SEED = 0
+
+
+def text_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of every benchmark that scores the text model against its uncompressed mixture."""
+    made = parser(description)
+    committed = ROOT / "examples" / "multitask_text" / "mixture.safetensors"
+    made.add_argument("--bundle", type=Path, default=MODEL)
+    made.add_argument("--data", type=Path, default=shared_text())
+    made.add_argument("--mixture", default=str(committed) if committed.is_file() else "none", help="as in quality.py, or none")
+    made.add_argument("--limit", type=int, help="at most this many rows a task, for trials (default: the whole test split)")
+    made.add_argument("--cache", type=Path, default=ROOT / "runs" / "predictions", help="where predictions are kept")
+    made.add_argument("--threads", type=int)
+    return made
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from answers import Cache, Labels, Questions, bundle_answers, read_questions
-from benchlib import MODEL, ROOT, Verdict, finish, parser, progress, run, shared_text, verdict
+from answers import Cache, Labels, Questions, bundle_answers, read_questions, text_parser
+from benchlib import Verdict, finish, progress, run, verdict
 from masks import torch_reference
 
 from edgeml.domains import Table, gap_figures, variant_figures
@@ -84,15 +84,8 @@ def checked(triples: Sequence[str], questions: Sequence[Questions]) -> list[list
 
 
 def main() -> int:
-    options = parser(__doc__)
-    committed = ROOT / "examples" / "multitask_text" / "mixture.safetensors"
-    options.add_argument("--bundle", type=Path, default=MODEL)
-    options.add_argument("--data", type=Path, default=shared_text())
-    options.add_argument("--mixture", default=str(committed) if committed.is_file() else "none", help="as in quality.py, or none")
+    options = text_parser(__doc__)
     options.add_argument("--calibrated", action="append", help=f"domains, a+b+c; may be repeated (default: {' and '.join(CALIBRATED)})")
-    options.add_argument("--limit", type=int, help="at most this many rows a task, for trials (default: the whole test split)")
-    options.add_argument("--cache", type=Path, default=ROOT / "runs" / "predictions", help="where predictions are kept")
-    options.add_argument("--threads", type=int)
     chosen = options.parse_args()
     cache = Cache(chosen.cache)
     with open_session(chosen.bundle, "100%", chosen.threads) as session:

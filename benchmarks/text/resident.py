@@ -37,8 +37,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
-from answers import SEED, Cache, Labels, Questions, bundle_answers, read_questions
-from benchlib import MODEL, ROOT, Verdict, finish, numbers, parser, progress, run, shared_text, verdict
+from answers import SEED, Cache, Labels, Questions, bundle_answers, read_questions, text_parser
+from benchlib import Verdict, finish, numbers, progress, run, verdict
 from masks import torch_reference
 from numpy.typing import NDArray
 
@@ -316,16 +316,9 @@ def lookups(ground: Ground) -> dict[str, Any]:
 
 
 def main() -> int:
-    options = parser(__doc__)
-    committed = ROOT / "examples" / "multitask_text" / "mixture.safetensors"
-    options.add_argument("--bundle", type=Path, default=MODEL)
-    options.add_argument("--data", type=Path, default=shared_text())
-    options.add_argument("--mixture", default=str(committed) if committed.is_file() else "none", help="as in quality.py, or none")
+    options = text_parser(__doc__)
     options.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="seeds of the random sets (default: 0,1,2)")
     options.add_argument("--watched", type=int, default=32, help="training texts of a held-out task that the device watches (default: 32)")
-    options.add_argument("--limit", type=int, help="at most this many rows a task, for trials (default: the whole test split)")
-    options.add_argument("--cache", type=Path, default=ROOT / "runs" / "predictions", help="where predictions are kept")
-    options.add_argument("--threads", type=int)
     chosen = options.parse_args()
     cache = Cache(chosen.cache)
     with open_session(chosen.bundle, "100%", chosen.threads) as session:

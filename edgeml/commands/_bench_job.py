@@ -9,9 +9,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import click
+
 from edgeml.bundle import Bundle
 from edgeml.commands._bench_compare import Other
 from edgeml.commands._inputs import choose_tasks, given_rows, on_images, read_rows
+from edgeml.commands._options import Function
 from edgeml.errors import DataError, UsageError
 from edgeml.image import read_image
 from edgeml.manifest import ImagePreprocess, Manifest, Task, load_manifest
@@ -20,10 +23,29 @@ from edgeml.store import plan_budget, resolve_threads
 from edgeml.variants import Wish, choose_variant
 from edgeml.workload import Workload, load_workload
 
-__all__ = ["DEFAULT_ROUNDS", "DEFAULT_TOKENS", "DEFAULT_WARMUP", "combinations_of", "job_of", "their_job"]
+__all__ = ["DEFAULT_ROUNDS", "DEFAULT_TOKENS", "DEFAULT_WARMUP", "combinations_of", "job_of", "job_options", "their_job"]
 
 DEFAULT_TOKENS, DEFAULT_ROUNDS, DEFAULT_WARMUP = 32, 30, 3
 INPUTS = ("texts", "text_pairs", "source", "tokens")
+
+
+def job_options(command: Function) -> Function:
+    """The options that say what is answered in a round, as `job_of` takes them."""
+    tokens = f"Random inputs of this many tokens instead of texts (default: {DEFAULT_TOKENS})."
+    for option in (
+        click.option(
+            "--image", "images", multiple=True, help="A PNG or JPEG for tasks on images, instead of a random one; may be repeated."
+        ),
+        click.option("--tokens", type=click.IntRange(1), help=tokens),
+        click.option("--input", "source", help="A file of JSON lines with text (and text_pair); - is standard input."),
+        click.option("--text-pair", "text_pairs", multiple=True, help="Its second text, for tasks that judge pairs."),
+        click.option("--text", "texts", multiple=True, help="A text to answer; may be repeated."),
+        click.option(
+            "--task", help="The task to answer; may be left out where there is only one. On images a list such as a,b is one pass."
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 def combinations_of(options: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import click
 from edgeml.commands import _records
 from edgeml.commands._bench_child import Worker
 from edgeml.commands._bench_compare import Other, against_records, names_of, parse_other, sentence, take_turns
-from edgeml.commands._bench_job import DEFAULT_ROUNDS, DEFAULT_TOKENS, DEFAULT_WARMUP, combinations_of, job_of, their_job
+from edgeml.commands._bench_job import DEFAULT_ROUNDS, DEFAULT_WARMUP, combinations_of, job_of, job_options, their_job
 from edgeml.commands._options import bundle_argument, json_option, notes, progress, quiet_option, records_option, variant_options
 from edgeml.compare import FEWEST_PAIRS, Comparison
 from edgeml.errors import QualityRefused, UsageError
@@ -23,12 +23,7 @@ from edgeml.records import Record, append
 
 @click.command("bench")
 @bundle_argument
-@click.option("--task", help="The task to answer; may be left out where there is only one. On images a list such as a,b is one pass.")
-@click.option("--text", "texts", multiple=True, help="A text to answer; may be repeated.")
-@click.option("--text-pair", "text_pairs", multiple=True, help="Its second text, for tasks that judge pairs.")
-@click.option("--input", "source", help="A file of JSON lines with text (and text_pair); - is standard input.")
-@click.option("--tokens", type=click.IntRange(1), help=f"Random inputs of this many tokens instead of texts (default: {DEFAULT_TOKENS}).")
-@click.option("--image", "images", multiple=True, help="A PNG or JPEG for tasks on images, instead of a random one; may be repeated.")
+@job_options
 @click.option("--workload", type=click.Path(), metavar="FILE.toml", help="Requests of several tasks that overlap, as a file says (above).")
 @variant_options
 @click.option("--iterations", type=click.IntRange(1), help=f"Rounds that are measured, one input each (default: {DEFAULT_ROUNDS}).")

@@ -11,7 +11,7 @@ from typing import Any
 import click
 import numpy as np
 
-from edgeml.commands._bench_job import DEFAULT_ROUNDS, DEFAULT_TOKENS, job_of
+from edgeml.commands._bench_job import DEFAULT_ROUNDS, DEFAULT_TOKENS, job_of, job_options
 from edgeml.commands._options import bundle_argument, json_option, notes, printable, progress, quiet_option, records_option, variant_options
 from edgeml.commands.bench_worker import calls
 from edgeml.energy import Monitor
@@ -29,12 +29,7 @@ MOST_PAGE_INS = 2000
 
 @click.command("profile")
 @bundle_argument
-@click.option("--task", help="The task to answer; may be left out where there is only one. On images a list such as a,b is one pass.")
-@click.option("--text", "texts", multiple=True, help="A text to answer; may be repeated.")
-@click.option("--text-pair", "text_pairs", multiple=True, help="Its second text, for tasks that judge pairs.")
-@click.option("--input", "source", help="A file of JSON lines with text (and text_pair); - is standard input.")
-@click.option("--tokens", type=click.IntRange(1), help=f"Random inputs of this many tokens instead of texts (default: {DEFAULT_TOKENS}).")
-@click.option("--image", "images", multiple=True, help="A PNG or JPEG for tasks on images, instead of a random one; may be repeated.")
+@job_options
 @variant_options
 @click.option("--iterations", type=click.IntRange(1), default=DEFAULT_ROUNDS, show_default=True, help="Warm rounds, one input each.")
 @click.option("--cold", type=click.IntRange(0), default=3, show_default=True, help="Rounds that begin without any expert in memory.")
