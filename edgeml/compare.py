@@ -5,10 +5,11 @@ pair gives one figure, log(median of our turn / median of theirs): what slows th
 spike is one pair. The estimate is the Hodges-Lehmann median of those figures and its interval is Wilcoxon's, made of the ordered means of
 every two: it assumes no distribution but that a pair is as likely to err one way as the other, and outliers hardly move it.
 
-Two processes of the very same program differ by a little for as long as they live, since their pages lie elsewhere; two runs on
-different days differ by more, and by far more where other programs ran. More rounds do not show that, so it is added to every interval:
-PROCESS, RUN and BUSY_RUN, standard deviations of the logarithm of one process's or one run's median, as benchmarks/quality/gate.py
-measures them.
+Two processes of the very same program differ by a little for as long as they live, since their pages lie elsewhere, and by more where
+their threads find other processors; two runs on different days differ by still more, and by far more where other programs ran. More
+rounds do not show that, so it is added to every interval: PROCESS and THREADS, RUN and BUSY_RUN, standard deviations of the logarithm of
+one process's or one run's median, as benchmarks/quality/gate.py measures them. Where there are earlier records enough, how they differ
+among themselves is known better than RUN, and is used in its place.
 
 The gate is built for 2 % false alarms (two-sided: the interval is a 98 % one) and for finding a slow-down by a tenth with 95 %: turns go on
 until the interval is narrow enough for that, whatever it says. Where the time is up before, the comparison says what it could have seen.
@@ -32,7 +33,8 @@ FALSE_ALARMS, POWER, FOUND = 0.02, 0.95, 0.10
 Z = NormalDist().inv_cdf(1 - FALSE_ALARMS / 2)
 #: Half of an interval that finds a slow-down with `POWER` is at most this share of the slow-down's logarithm.
 SHARE = Z / (Z + NormalDist().inv_cdf(POWER))
-PROCESS, RUN, BUSY_RUN = 0.007, 0.015, 0.25
+PROCESS, THREADS, RUN, BUSY_RUN = 0.007, 0.012, 0.065, 0.25
+STEADIEST, FEWEST_RECORDS = 0.015, 4  # no run-to-run spread is believed below the one, nor of fewer records than the other
 BUSY = 1.5  # load average a processor beyond which other programs ran; measuring itself is a load
 FEWEST_PAIRS, STEP, MOST_PAIRS = 16, 8, 400
 RECORDED = NormalDist().inv_cdf(0.975)  # of the intervals in records
@@ -86,7 +88,7 @@ class Comparison:
         }
 
 
-def compare_pairs(ours: Sequence[float], theirs: Sequence[float], allowed: float = 0.0) -> Comparison:
+def compare_pairs(ours: Sequence[float], theirs: Sequence[float], allowed: float = 0.0, process: float = PROCESS) -> Comparison:
     """From the figure of each pair's turns, in seconds, ours and theirs; at least 10 pairs, or the interval is too narrow.
 
     The interval: W, the sum of ranks of the positive differences, has mean n (n + 1) / 4 and variance n (n + 1) (2 n + 1) / 24 where both
@@ -97,7 +99,7 @@ def compare_pairs(ours: Sequence[float], theirs: Sequence[float], allowed: float
     first, second = np.triu_indices(n)
     means = np.sort((logs[first] + logs[second]) / 2)
     rank = max(math.floor(n * (n + 1) / 4 - Z * math.sqrt(n * (n + 1) * (2 * n + 1) / 24) - 0.5), 1)
-    return _widened(float(np.median(means)), float(means[rank - 1]), float(means[-rank]), Z * math.sqrt(2) * PROCESS, n, allowed)
+    return _widened(float(np.median(means)), float(means[rank - 1]), float(means[-rank]), Z * math.sqrt(2) * process, n, allowed)
 
 
 def in_turns(
@@ -108,8 +110,12 @@ def in_turns(
     go_on: Callable[[], bool] = lambda: True,
     seed: int = 0,
     tick: Callable[[], None] = lambda: None,
+    process: float = PROCESS,
 ) -> Comparison:
-    """Let both take turns: at least so many `pairs`, then until a slow-down by a tenth would be found, at most while `go_on()`."""
+    """Let both take turns: at least so many `pairs`, then until a slow-down by a tenth would be found, at most while `go_on()`.
+
+    `process`: by how much two processes differ for good; give `THREADS` where either computes with several.
+    """
     rng = np.random.default_rng(seed)
     found: tuple[list[float], list[float]] = ([], [])
     first, wanted = 0, max(pairs, FEWEST_PAIRS)
@@ -119,26 +125,41 @@ def in_turns(
             for side in (first, 1 - first):
                 found[side].append(median((ours, theirs)[side](number)))
             tick()
-        so_far = compare_pairs(*found, allowed)
+        so_far = compare_pairs(*found, allowed, process)
         if not so_far.noisy or wanted >= MOST_PAIRS or not go_on():
             return so_far
         wanted += STEP
 
 
 def compare_records(new: Mapping[str, Any], old: Sequence[Mapping[str, Any]], allowed: float = 0.0) -> Comparison:
-    """The median latency of a record against those of earlier ones of the same settings; from three on, how they differ among themselves
-    may widen the interval.
+    """The median latency of a record against those of earlier ones of the same settings.
 
-    Raises `UsageError` where one of them has too few rounds for an interval.
+    Of few records, runs are taken to differ by RUN; from FEWEST_RECORDS calm ones on, by as much as these do, with Student's quantile in
+    place of the normal one. Raises `UsageError` where one of them has too few rounds for an interval.
     """
     now, error = _median(new)
     before = [_median(record) for record in old]
-    logs = [value for value, _ in before]
-    runs = stdev(logs) if len(logs) > 2 else 0.0
-    own, *theirs = (max(BUSY_RUN if busy(record) else RUN, runs) for record in (new, *old))
-    within = sum(deviation**2 + run**2 for (_, deviation), run in zip(before, theirs, strict=True)) / len(before) ** 2
-    centre = now - sum(logs) / len(logs)
-    return _widened(centre, centre, centre, Z * math.sqrt(error**2 + own**2 + within), len(before), allowed)
+    logs, n = [value for value, _ in before], len(before)
+    centre = now - sum(logs) / n
+    if n >= FEWEST_RECORDS and not any(map(busy, (new, *old))):
+        spread = max(stdev(logs), math.hypot(error, STEADIEST))
+        more = _student(n - 1) * spread * math.sqrt(1 + 1 / n)
+    else:
+        own, *theirs = (BUSY_RUN if busy(record) else RUN for record in (new, *old))
+        within = sum(deviation**2 + run**2 for (_, deviation), run in zip(before, theirs, strict=True)) / n**2
+        more = Z * math.sqrt(error**2 + own**2 + within)
+    return _widened(centre, centre, centre, more, n, allowed)
+
+
+def _student(freedom: int) -> float:
+    """The quantile of Student's distribution that Z is of the normal one: Fisher's and Cornish's expansion, off by 2 % at 3 degrees."""
+    terms = (
+        Z,
+        (Z**3 + Z) / 4,
+        (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96,
+        (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / 384,
+    )
+    return sum(term / freedom**power for power, term in enumerate(terms))
 
 
 def busy(record: Mapping[str, Any]) -> bool:

@@ -10,8 +10,9 @@ shifts the interval and changes nothing else, so each run answers both questions
 Bounds: at most 5 of 100 identical pairs called different, at least 90 of 100 slow-downs found; the gate is built for 2 and 95. A
 simulation of other machines (log-normal noise of several sizes, drift, spikes, processes that differ) has the same bounds.
 
-Beside them: how much two processes of one program differ for good (`PROCESS` in edgeml/compare.py should be no smaller), how much one run's
-median differs from the next one's (`RUN`), and what the gate against an earlier record makes of each run and the one before it.
+Beside them: how much two processes of one program differ for good (`PROCESS` in edgeml/compare.py, `THREADS` for several, should be no
+smaller), how much one run's median differs from the next one's (`RUN`), and what the gate against earlier records makes of each run and
+the one before it, or the eight before it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from benchlib import MODEL, finish, parser, progress, run, verdict
 
 from edgeml.bundle import Bundle
 from edgeml.commands._bench_compare import take_turns
-from edgeml.compare import PROCESS, RUN, SHARE, Comparison, Z, compare_records, in_turns
+from edgeml.compare import FEWEST_RECORDS, PROCESS, RUN, SHARE, THREADS, Comparison, Z, compare_records, in_turns
 from edgeml.errors import UsageError
 from edgeml.manifest import load_manifest
 
@@ -80,9 +80,9 @@ def spread_of(values: list[float]) -> float:
     return float(1.4826 * np.median(np.abs(np.array(values) - np.median(values))))
 
 
-def by_record(records: list[dict[str, Any]]) -> dict[str, float]:
-    """The gate against an earlier record, of each run and the one before."""
-    found = [compare_records(new, [old]) for old, new in pairwise(records)]
+def by_record(records: list[dict[str, Any]], before: int) -> dict[str, float]:
+    """The gate against earlier records, of each run and so many before."""
+    found = [compare_records(records[place], records[place - before : place]) for place in range(before, len(records))]
     return shares(found, [slowed(one) for one in found])
 
 
@@ -98,8 +98,8 @@ def main() -> int:
     options.add_argument("--memory", default="100%")
     options.add_argument("--seconds", type=float, default=20, help="at most for a run")
     chosen = options.parse_args()
-    if chosen.runs < 2:
-        raise UsageError("--runs must be at least 2")
+    if chosen.runs < 10:
+        raise UsageError("--runs must be at least 10")
     with Bundle.open(chosen.bundle) as bundle:
         task = chosen.task or load_manifest(bundle).tasks[0].name
     job = {
@@ -116,7 +116,8 @@ def main() -> int:
         records.append(record)
         tick(1)
     real = shares(found, [slowed(one) for one in found])
-    within = [(math.log(one.high / one.low) / 2 / Z) ** 2 - 2 * PROCESS**2 for one in found]  # squared errors without what is added
+    process = PROCESS if chosen.threads == 1 else THREADS
+    within = [(math.log(one.high / one.low) / 2 / Z) ** 2 - 2 * process**2 for one in found]  # squared errors without what is added
     logs, medians = [math.log(one.ratio) for one in found], [math.log(record["latency_s"]["p50"]) for record in records]
     between = max(spread_of(logs) ** 2 - float(np.mean(within)), 0.0)
     made = {
@@ -137,9 +138,10 @@ def main() -> int:
     figures = {
         "runs": chosen.runs, "task": task, "threads": chosen.threads, "tokens": chosen.tokens, "memory": chosen.memory, "real": real,
         "ratios": [one.as_json()["ratio"] for one in found], "simulated": made,
-        "process": {"assumed": PROCESS, "measured": math.sqrt(between / 2)},
+        "process": {"assumed": process, "measured": math.sqrt(between / 2)},
         "run": {"assumed": RUN, "measured": spread_of(list(np.diff(medians))) / math.sqrt(2)},
-        "against_the_record_before": by_record(records), "design": {"share": SHARE, "z": Z},
+        "against_the_record_before": by_record(records, 1), "against_the_eight_before": by_record(records, 2 * FEWEST_RECORDS),
+        "design": {"share": SHARE, "z": Z},
     }  # fmt: skip
     return finish("bench-gate", verdicts, figures, chosen.records)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One request with everything in memory, against onnxruntime's own time for the dense model: f32, and its dynamic int8.
 
-    speed.py --dense model.pt [--bundle models/multitask-text.edgeml] [--task banking77] [--tokens 32,64,128] [--threads 1,2]
+    speed.py [--dense model.pt] [--bundle models/multitask-text.edgeml] [--task banking77] [--tokens 32,64,128] [--threads 1,2]
 
 Three contestants answer the same seeded random token ids, batch 1, one after the other in every round and in another order each
 round: the bundle's request (embed, router, trunk and head through `Session.run`, ids given, so without tokenizing); the dense
@@ -32,7 +32,6 @@ from answers import read_questions
 from benchlib import MODEL, Verdict, finish, numbers, parser, progress, run, shared_text, verdict
 from numpy.typing import NDArray
 
-from edgeml.errors import UsageError
 from edgeml.measure import percentile
 from edgeml.metrics import Interval, bootstrap
 from edgeml.session import Session
@@ -134,14 +133,21 @@ def measure(chosen: Any, folder: Path) -> tuple[list[Verdict], dict[str, Any]]:
         one = verdict(name, "< 1, with its interval", None, None, **why)
     else:
         one = verdict(name, "< 1, with its interval", gate.value, None if gate.high is None else gate.high < 1, gate)
-    about = {"bundle": settings, "task": chosen.task, "int8_weights_bits": 8 if has_vnni() else 7}
+    about = {
+        "bundle": settings,
+        "dense": "given" if chosen.dense or chosen.graphs else "untrained",
+        "task": chosen.task,
+        "int8_weights_bits": 8 if has_vnni() else 7,
+    }
     sizes = {name: (folder / f"{name}.onnx").stat().st_size for name in NAMES[1:]}
     return [one], about | {"graph_bytes": sizes, "results": found}
 
 
 def main() -> int:
     options = parser(__doc__)
-    options.add_argument("--dense", help="the dense reference: a model.pt, or file.py:function")
+    options.add_argument(
+        "--dense", help="the dense reference: a model.pt, or file.py:function (default: as it is before training, which takes as long)"
+    )
     options.add_argument("--bundle", type=Path, default=MODEL)
     options.add_argument("--data", type=Path, default=shared_text(), help="where the tasks' names and labels are read")
     options.add_argument("--task", default="banking77")
@@ -154,8 +160,6 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = chosen.graphs or Path(temporary)
         if not all((folder / f"{name}.onnx").is_file() for name in NAMES[1:]):
-            if chosen.dense is None:
-                raise UsageError("give --dense, or --graphs with a folder that has f32.onnx and int8.onnx")
             folder.mkdir(parents=True, exist_ok=True)
             if chosen.export_only:
                 write_graphs(chosen, folder)

@@ -32,8 +32,11 @@ EXAMPLE = ROOT / "examples" / "multitask_text"
 PROBE_TOKENS, PROBE_TRAIN, PROBE_TEST, PROBE_C = 64, 1200, 400, 10.0
 
 
-def load_model(source: str, kind: str, questions: Sequence[Questions]) -> Model:
-    """The model that `source` names; `kind` (dense or mixture) says what a `.pt` file holds."""
+def load_model(source: str | None, kind: str, questions: Sequence[Questions]) -> Model:
+    """The model that `source` names; `kind` (dense or mixture) says what a `.pt` file holds. None: one as it is before training."""
+    if source is None:
+        _example()
+        return _from_run(None, kind, questions)
     path = Path(source)
     if ".py:" in source:
         return load_source(source)
@@ -95,7 +98,7 @@ def _example() -> None:
         sys.path.append(str(EXAMPLE))
 
 
-def _from_run(path: Path, kind: str, questions: Sequence[Questions]) -> Model:
+def _from_run(path: Path | None, kind: str, questions: Sequence[Questions]) -> Model:
     from corpus import source_directory
     from train_mixture import CONFIG
 
@@ -106,7 +109,8 @@ def _from_run(path: Path, kind: str, questions: Sequence[Questions]) -> Model:
     encoder = load_bert(source_directory())
     module = MultiTaskModel(encoder, classes) if kind == "dense" else MultiTaskMixture(encoder, classes, CONFIG)
     try:
-        module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["model"])
+        if path is not None:
+            module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["model"])
     except (RuntimeError, KeyError) as error:
         raise InputError(f"{path}: this is not a {kind} model of the example ({str(error).splitlines()[0]})") from error
     return Model(module, tasks, (source_directory() / "tokenizer.json").read_bytes(), recipe["max_tokens"])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeml.commands._bench_child import Worker
-from edgeml.compare import FEWEST_PAIRS, Comparison, Turn, busy, compare_records, in_turns
+from edgeml.compare import FEWEST_PAIRS, PROCESS, THREADS, Comparison, Turn, busy, compare_records, in_turns
 from edgeml.errors import DataError, UsageError
 from edgeml.records import Record, read
 
@@ -69,12 +69,14 @@ def take_turns(
             rounds = min(max(math.ceil(TURN_S / max(round_s, 1e-9)), 1), MOST_ROUNDS)
             pairs, lead = math.ceil(least / rounds), round_s < LONG_S
         until = time.monotonic() + seconds
-        places = fast_processors() if not overlap and jobs[0]["threads"] == jobs[1]["threads"] == 1 else [None]
+        alone = not overlap and jobs[0]["threads"] == jobs[1]["threads"] == 1
+        places = fast_processors() if alone else [None]
 
         def turns_of(worker: Worker) -> Turn:
             return lambda turn: worker.turn(turn, rounds, lead, places[turn % len(places)])
 
-        found = in_turns(turns_of(ours), turns_of(theirs), allowed, pairs, lambda: time.monotonic() < until, tick=tick)
+        process = PROCESS if alone else THREADS
+        found = in_turns(turns_of(ours), turns_of(theirs), allowed, pairs, lambda: time.monotonic() < until, tick=tick, process=process)
         return found, [ours.record(), theirs.record()]
 
 

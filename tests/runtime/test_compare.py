@@ -12,7 +12,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeml.compare import FEWEST_PAIRS, MOST_PAIRS, PROCESS, RUN, Comparison, Z, compare_pairs, compare_records, in_turns
+from edgeml.compare import (
+    FEWEST_PAIRS,
+    MOST_PAIRS,
+    PROCESS,
+    RUN,
+    THREADS,
+    Comparison,
+    Z,
+    _student,
+    compare_pairs,
+    compare_records,
+    in_turns,
+)
 from edgeml.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -122,6 +134,9 @@ def test_what_is_allowed_is_let_pass() -> None:
 
 def test_processes_that_differ_a_little_are_no_difference() -> None:
     assert in_turns(turns(lambda _: [1 + PROCESS]), turns(lambda _: [1.0])).difference is None
+    several = in_turns(turns(lambda _: [1.03]), turns(lambda _: [1.0]), process=THREADS)
+    assert (several.difference, several.noisy) == (None, False), "threads find other processors in each process"
+    assert in_turns(turns(lambda _: [1.03]), turns(lambda _: [1.0])).difference == "slower"
 
 
 def test_the_smallest_slow_down_is_found_as_often_as_is_said() -> None:
@@ -144,29 +159,44 @@ def run(p50: float, low: float | None = None, high: float | None = None) -> dict
 def test_an_earlier_record() -> None:
     assert compare_records(run(0.010), [run(0.010)]).difference is None
     assert compare_records(run(0.0102), [run(0.010)]).difference is None
-    assert compare_records(run(0.0115), [run(0.010)]).refused
-    assert compare_records(run(0.0085), [run(0.010)]).difference == "faster"
-    assert not compare_records(run(0.0115), [run(0.010)], allowed=0.2).refused
-    assert not compare_records(run(0.0115, 0.009, 0.014), [run(0.010)]).refused, "its own noise counts"
+    assert compare_records(run(0.0130), [run(0.010)]).refused
+    assert compare_records(run(0.0075), [run(0.010)]).difference == "faster"
+    assert not compare_records(run(0.0130), [run(0.010)], allowed=0.2).refused
+    assert not compare_records(run(0.0130, 0.010, 0.016), [run(0.010)]).refused, "its own noise counts"
     error = Z * math.sqrt(2 * RUN**2 + 2 * (math.log(1.01 / 0.99) / 2 / 1.959964) ** 2)
     assert compare_records(run(0.010), [run(0.010)]).high == pytest.approx(math.exp(error))
 
 
 def test_several_earlier_records() -> None:
-    few, many = compare_records(run(0.010), [run(0.010)]), compare_records(run(0.010), [run(0.010)] * 8)
+    few, many = compare_records(run(0.0115), [run(0.010)]), compare_records(run(0.0115), [run(0.010)] * 8)
     assert (few.n, many.n) == (1, 8)
-    assert many.high < few.high
-    unsteady = compare_records(run(0.0115), [run(0.008), run(0.0125), run(0.010)])
+    assert (few.refused, many.refused) == (False, True), "runs are known to be steady here"
+    unsteady = compare_records(run(0.0115), [run(0.008), run(0.0125), run(0.010), run(0.009)])
     assert unsteady.difference is None, "they differ more among themselves"
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(3, 4.541), (4, 3.747), (7, 2.998), (15, 2.602), (1000, 2.330)])
+def test_students_quantile(freedom: int, quantile: float) -> None:
+    assert _student(freedom) == pytest.approx(quantile, rel=0.021)
+
+
+@pytest.mark.parametrize("earlier", [1, 4, 8])
+@pytest.mark.parametrize("noise", [0.01, 0.04])
+def test_runs_of_one_program_are_seldom_called_different(noise: float, earlier: int) -> None:
+    rng = np.random.default_rng(earlier)
+    drawn = 0.01 * np.exp(rng.normal(0, noise, (400, earlier + 1)))
+    found = [compare_records(run(values[0]), [run(value) for value in values[1:]]) for values in drawn]
+    assert np.mean([one.difference is not None for one in found]) <= 0.04
 
 
 def test_a_busy_machine_tells_little() -> None:
     calm, loaded = ({"load_average": load, "device": {"processors": 2}} for load in (1.5, 5.0))
-    assert compare_records(run(0.0115) | calm, [run(0.010) | calm]).refused
+    assert compare_records(run(0.0130) | calm, [run(0.010) | calm]).refused
     for new, old in ((calm, loaded), (loaded, calm)):
-        found = compare_records(run(0.0115) | new, [run(0.010) | old])
+        found = compare_records(run(0.0130) | new, [run(0.010) | old])
         assert (found.refused, found.noisy) == (False, True)
-    assert compare_records(run(0.03) | calm, [run(0.010) | loaded]).refused
+    assert not compare_records(run(0.0130) | loaded, [run(0.010) | calm] * 8).refused
+    assert compare_records(run(0.04) | calm, [run(0.010) | loaded]).refused
 
 
 def test_records_of_few_rounds_are_a_sentence() -> None:
