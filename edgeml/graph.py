@@ -48,6 +48,8 @@ class Graphs:
     def __init__(self, bundle: Bundle, manifest: Manifest, context: native.Context, threads: int) -> None:
         self._bundle, self._context = bundle, context
         self._stages: dict[str, Stage] = {stage.name: stage for stage in manifest.stages}
+        #: Their layers take so little time that waking a thread for each costs more than it brings: it spins until the run ends.
+        self._spinning = {name for task in manifest.tasks if isinstance(task.stages, ImageStages) for name in task.stages.names}
         busy = (task.stages.names if isinstance(task.stages, ImageStages) else (task.stages.trunk,) for task in manifest.tasks)
         pages = {self._stages[name].page for names in busy for name in names}  # a trunk that tells its choices is on the trunk's page
         self._threads = {stage.name: threads for stage in manifest.stages if stage.page in pages}
@@ -112,7 +114,9 @@ class Graphs:
         options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
         options.intra_op_num_threads, options.inter_op_num_threads = self._threads.get(stage.name, 1), 1
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Where a custom operator computes with threads of its own, spinning ones would only stand in their way.
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(stage.name in self._spinning)))
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if self.profile_folder is not None:
             options.enable_profiling, options.profile_file_prefix = True, f"{self.profile_folder}/{len(self._loaded)}"
         graph, context = self._bundle.read(stage.page), self._context
