@@ -1,9 +1,12 @@
 """ONNX graphs of a bundle, run by onnxruntime: the only module that imports it.
 
 A stage's graph is loaded when a request first needs it, and its bytes are given back at once. Trunks and the stages of tasks on
-images get the session's threads, everything else one. Execution is sequential, so a custom operator runs on the thread that
-called `run` and finds its request there. No memory arena: one per graph would keep each graph's largest batch for ever, outside
-the budget.
+images get the session's threads, everything else one. Execution is sequential, so a custom operator runs on the thread that called
+`run` and finds its request there. No memory arena: one per graph would keep each graph's largest batch for ever, outside the budget.
+
+Layers take so little time that waking a thread for each costs more than it brings. So onnxruntime's threads spin until the run ends, and
+a trunk's custom operators compute on them too: two pools would take each other's processors. Where experts come from a file the readers
+need those processors, so there threads sleep, and the operators use the context's own.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from edgeml.store import open_context
 
 __all__ = ["Graphs", "check_stages"]
 
-CONTEXT_KEY = "edgeml.context"
+CONTEXT_KEY, THREADS_KEY = "edgeml.context", "edgeml.threads"
 FATAL = 4  # onnxruntime's log level: what matters is raised, the rest would only repeat it on stderr
 OUT_OF_MEMORY = re.compile(r"bad.?alloc|allocate memory|out of memory", re.IGNORECASE)
 
@@ -45,11 +48,9 @@ class _Graph:
 class Graphs:
     """The stages of one open bundle bound to one native context. Safe for several threads."""
 
-    def __init__(self, bundle: Bundle, manifest: Manifest, context: native.Context, threads: int) -> None:
-        self._bundle, self._context = bundle, context
+    def __init__(self, bundle: Bundle, manifest: Manifest, context: native.Context, threads: int, paged: bool = False) -> None:
+        self._bundle, self._context, self._paged = bundle, context, paged
         self._stages: dict[str, Stage] = {stage.name: stage for stage in manifest.stages}
-        #: Their layers take so little time that waking a thread for each costs more than it brings: it spins until the run ends.
-        self._spinning = {name for task in manifest.tasks if isinstance(task.stages, ImageStages) for name in task.stages.names}
         busy = (task.stages.names if isinstance(task.stages, ImageStages) else (task.stages.trunk,) for task in manifest.tasks)
         pages = {self._stages[name].page for names in busy for name in names}  # a trunk that tells its choices is on the trunk's page
         self._threads = {stage.name: threads for stage in manifest.stages if stage.page in pages}
@@ -114,8 +115,8 @@ class Graphs:
         options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
         options.intra_op_num_threads, options.inter_op_num_threads = self._threads.get(stage.name, 1), 1
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
-        # Where a custom operator computes with threads of its own, spinning ones would only stand in their way.
-        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(stage.name in self._spinning)))
+        shared = options.intra_op_num_threads > 1 and not self._paged
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(shared)))
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if self.profile_folder is not None:
             options.enable_profiling, options.profile_file_prefix = True, f"{self.profile_folder}/{len(self._loaded)}"
@@ -130,6 +131,8 @@ class Graphs:
 
                 return SplitGraph(graph, make, context.operator)
             options.add_session_config_entry(CONTEXT_KEY, context.handle)
+            if shared:
+                options.add_session_config_entry(THREADS_KEY, "session")
             options.register_custom_ops_library(native.LIBRARY_PATH)
             return make(graph)
         except Exception as error:  # as above

@@ -91,7 +91,7 @@ class Session:
         self.threads, self.backend, self.direct_reads = resolve_threads(threads), str(opened["isa"]), bool(opened["direct"])
         self.notes = self._residents.notes
         self.notes += self.budget.notes(residency) + self._variant_notes(wish)
-        self._graphs = Graphs(self.bundle, self.manifest, self._context, self.threads)
+        self._graphs = Graphs(self.bundle, self.manifest, self._context, self.threads, not self.budget.complete)
         self._preprocessors: dict[tuple[int, int], TextPreprocessor] = {}
         self._lock = threading.RLock()
         self._turns = threading.BoundedSemaphore(REQUESTS)

@@ -14,7 +14,8 @@
  *     (what they mean, and that a scale of 0 is 1 / sqrt(size): edgeml_attention in edgeml.h)
  *
  * A session's operators find their context by the configuration entry "edgeml.context", read when the library is registered,
- * and their request by the thread they run on. ScarAttention needs nothing of a bundle, only its context's threads and kernels;
+ * and their request by the thread they run on. With the entry "edgeml.threads" = "session" PagedExperts and Linear compute on the
+ * session's threads (intra_op_num_threads, as many as the context's) instead of the context's own. ScarAttention needs nothing of a bundle, only its context's threads and kernels;
  * its working memory, edgeml_attention_scratch bytes, is allocated for the length of a call, as onnxruntime's operators do it.
  */
 #include <errno.h>
@@ -58,10 +59,11 @@ typedef void release_info(void *info);
 typedef void release_status(OrtStatus *status);
 typedef OrtStatus *config_entry(const void *options, const char *key, char *value, size_t *size);
 typedef OrtStatus *has_config_entry(const void *options, const char *key, int *out);
+typedef OrtStatus *parallel_for(const void *kernel_context, void (*body)(void *argument, size_t i), size_t count, size_t batches, void *argument);
 enum {
   CREATE_STATUS = 0, CREATE_DOMAIN = 26, DOMAIN_ADD = 27, OPTIONS_ADD_DOMAIN = 28, TENSOR_DATA = 51, DIMENSION_COUNT = 61,
   DIMENSIONS = 62, TENSOR_INFO = 65, ATTRIBUTE_FLOAT = 85, ATTRIBUTE_INT = 86, INPUT_COUNT = 88, OUTPUT_COUNT = 89, CONTEXT_INPUT = 90, CONTEXT_OUTPUT = 91, RELEASE_STATUS = 93, RELEASE_INFO = 99,
-  HAS_CONFIG_ENTRY = 237, CONFIG_ENTRY = 238
+  HAS_CONFIG_ENTRY = 237, CONFIG_ENTRY = 238, PARALLEL_FOR = 274
 };
 
 typedef struct OrtCustomOp OrtCustomOp;
@@ -101,9 +103,10 @@ typedef struct operator_entry {
   OrtCustomOp op; /* first: onnxruntime hands back a pointer to it */
   enum which which;
   uint64_t handle; /* of the context */
+  int session_threads;
 } operator_entry;
 
-/* Of one context that sessions were made for. Never freed: session options keep pointers into it, and nothing tells when the
+/* Of one context that sessions were made for, and whose threads compute. Never freed: session options keep pointers into it, and nothing tells when the
  * last of them is gone. So it names its context by handle, and options that outlive the context find it closed. */
 typedef struct operators {
   void *domain;
@@ -115,6 +118,7 @@ typedef struct kernel {
   const OrtApi *api;
   edgeml_context *context;
   enum which which;
+  int session_threads;
   uint32_t number; /* site or page */
   edgeml_attention attention; /* its options; heads 0 where not given */
 } kernel;
@@ -269,14 +273,45 @@ static OrtStatus *compute_attention(const kernel *k, void *context) {
   return failed ? fail_with(k, &fault) : NULL;
 }
 
+/* ---- the session's threads ---- */
+
+typedef struct lending {
+  const OrtApi *api;
+  void *context;
+} lending;
+
+typedef struct lent_body {
+  void (*body)(void *argument, int worker);
+  void *argument;
+} lent_body;
+
+static void run_lent(void *argument, size_t i) {
+  const lent_body *l = argument;
+  l->body(l->argument, (int)i);
+}
+
+static void lend(void *lender, void (*body)(void *argument, int worker), int count, void *argument) {
+  const lending *l = lender;
+  lent_body lent = {body, argument};
+  OrtStatus *status = CALL(l->api, PARALLEL_FOR, parallel_for *, l->context, run_lent, (size_t)count, 0, &lent);
+  if (!status) return;
+  CALL(l->api, RELEASE_STATUS, release_status *, status);
+  body(argument, 0); /* does what is left alone */
+}
+
 static OrtStatus *kernel_compute(void *state, void *context) {
   const kernel *k = state;
+  lending ours = {k->api, context};
+  OrtStatus *status;
+  pool_lend(k->session_threads ? lend : NULL, &ours);
   switch (k->which) {
-    case PAGED_EXPERTS: return compute_experts(k, context);
-    case LINEAR: return compute_linear(k, context);
-    case SCAR_ATTENTION: return compute_attention(k, context);
-    default: return compute_rows(k, context);
+    case PAGED_EXPERTS: status = compute_experts(k, context); break;
+    case LINEAR: status = compute_linear(k, context); break;
+    case SCAR_ATTENTION: status = compute_attention(k, context); break;
+    default: status = compute_rows(k, context);
   }
+  pool_lend(NULL, NULL);
+  return status;
 }
 
 /* ---- creating ---- */
@@ -333,7 +368,7 @@ static OrtStatus *kernel_create(const OrtCustomOp *op, const OrtApi *api, const 
   if (!c) return fail_closed(api);
   kernel *k = malloc(sizeof *k);
   if (k && number_fits(c, entry->which, number)) {
-    *k = (kernel){api, c, entry->which, (uint32_t)number, attention}; /* a user of the context from here on */
+    *k = (kernel){api, c, entry->which, entry->session_threads, (uint32_t)number, attention}; /* a user of the context from here on */
     *out = k;
     return NULL;
   }
@@ -388,12 +423,12 @@ static pthread_mutex_t made_lock = PTHREAD_MUTEX_INITIALIZER;
 static operators *made;
 
 /* With made_lock held. */
-static OrtStatus *make_operators(const OrtApi *api, uint64_t handle) {
+static OrtStatus *make_operators(const OrtApi *api, uint64_t handle, int session_threads) {
   operators *o = calloc(1, sizeof *o);
   if (!o) return fail(api, ORT_FAIL, "edgeml: not enough memory");
   OrtStatus *status = CALL(api, CREATE_DOMAIN, create_domain *, "edgeml", &o->domain);
   for (int i = 0; i < OPERATORS && !status; i++) {
-    o->entries[i] = (operator_entry){prototype, (enum which)i, handle};
+    o->entries[i] = (operator_entry){prototype, (enum which)i, handle, session_threads && (i == PAGED_EXPERTS || i == LINEAR)};
     status = CALL(api, DOMAIN_ADD, domain_add *, o->domain, &o->entries[i].op);
   }
   if (status) free(o);
@@ -401,11 +436,15 @@ static OrtStatus *make_operators(const OrtApi *api, uint64_t handle) {
   return status;
 }
 
-static OrtStatus *find_operators(const OrtApi *api, uint64_t handle, const operators **out) {
+static OrtStatus *find_operators(const OrtApi *api, uint64_t handle, int session_threads, const operators **out) {
   OrtStatus *status = NULL;
+  const operator_entry *e;
   pthread_mutex_lock(&made_lock);
-  for (*out = made; *out && (*out)->entries[0].handle != handle;) *out = (*out)->next;
-  if (!*out) status = make_operators(api, handle), *out = made;
+  for (*out = made; *out; *out = (*out)->next) {
+    e = &(*out)->entries[PAGED_EXPERTS];
+    if (e->handle == handle && e->session_threads == session_threads) break;
+  }
+  if (!*out) status = make_operators(api, handle, session_threads), *out = made;
   pthread_mutex_unlock(&made_lock);
   return status;
 }
@@ -413,18 +452,22 @@ static OrtStatus *find_operators(const OrtApi *api, uint64_t handle, const opera
 EXPORT OrtStatus *RegisterCustomOps(void *options, const void *base) {
   const OrtApi *api = ((const OrtApiBase *)base)->GetApi(API_VERSION);
   if (!api) return NULL; /* older than 1.17: its nodes will say that the operators are unknown */
-  char text[32] = "";
-  size_t size = sizeof text;
-  int there = 0;
+  char text[32] = "", threads[16] = "";
+  size_t size = sizeof text, threads_size = sizeof threads;
+  int there = 0, asked = 0;
   OrtStatus *status = CALL(api, HAS_CONFIG_ENTRY, has_config_entry *, options, "edgeml.context", &there);
   if (status) return status;
   if (!there) return fail(api, ORT_INVALID_ARGUMENT, "edgeml: set the session configuration entry edgeml.context before registering");
   status = CALL(api, CONFIG_ENTRY, config_entry *, options, "edgeml.context", text, &size);
+  if (!status) status = CALL(api, HAS_CONFIG_ENTRY, has_config_entry *, options, "edgeml.threads", &asked);
+  if (!status && asked) status = CALL(api, CONFIG_ENTRY, config_entry *, options, "edgeml.threads", threads, &threads_size);
   if (status) return status;
+  if (asked && strcmp(threads, "session"))
+    return fail(api, ORT_INVALID_ARGUMENT, "edgeml: the session configuration entry edgeml.threads is session, or not there");
   edgeml_context *c = context_of(strtoull(text, NULL, 10));
   if (!c) return fail_closed(api);
   const operators *found;
-  status = find_operators(api, c->handle, &found);
+  status = find_operators(api, c->handle, asked, &found);
   if (!status) status = CALL(api, OPTIONS_ADD_DOMAIN, options_add *, options, found->domain);
   atomic_fetch_sub(&c->users, 1);
   return status;

@@ -88,7 +88,18 @@ void pool_close(pool *p) {
   pthread_mutex_destroy(&p->owner);
 }
 
+static _Thread_local struct {
+  pool_lender *run;
+  void *lender;
+} lent;
+
+void pool_lend(pool_lender *run, void *lender) { lent.run = run, lent.lender = lender; }
+
 void pool_run(pool *p, void (*body)(void *argument, int worker), void *argument) {
+  if (p->threads > 1 && lent.run) {
+    lent.run(lent.lender, body, p->threads, argument);
+    return;
+  }
   if (p->threads == 1 || pthread_mutex_trylock(&p->owner)) {
     body(argument, 0);
     return;

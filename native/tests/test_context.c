@@ -290,6 +290,59 @@ static void late_worker(const fixture *f) {
   assert(edgeml_close(c) == EDGEML_OK);
 }
 
+/* ---- threads that are lent ---- */
+
+static void last_to_first(void *lender, void (*body)(void *argument, int worker), int count, void *argument) {
+  ++*(int *)lender;
+  for (int i = count; i--;) body(argument, i);
+}
+
+typedef struct seat {
+  void (*body)(void *argument, int worker);
+  void *argument;
+  int worker;
+} seat;
+
+static void *sit(void *argument) {
+  const seat *s = argument;
+  return s->body(s->argument, s->worker), NULL;
+}
+
+/* The caller's own share is done elsewhere. */
+static void all_elsewhere(void *lender, void (*body)(void *argument, int worker), int count, void *argument) {
+  pthread_t threads[4];
+  seat seats[4];
+  ++*(int *)lender;
+  for (int i = 0; i < count; i++) {
+    seats[i] = (seat){body, argument, i};
+    assert(pthread_create(&threads[i], NULL, sit, &seats[i]) == 0);
+  }
+  for (int i = 0; i < count; i++) pthread_join(threads[i], NULL);
+}
+
+/* Same bits with lent threads, in whatever order they come, with everything in memory and without. */
+static void lent_threads(const fixture *f) {
+  pool_lender *lenders[] = {last_to_first, all_elsewhere};
+  inputs in;
+  for (uint32_t slots = EXPERTS; slots <= ROUTED; slots += ROUTED - EXPERTS)
+    for (int l = 0; l < 2; l++) {
+      edgeml_context *c = open_with(f, slots, 4, 0);
+      for (uint32_t seed = 0; seed < 6; seed++) {
+        int lent = 0;
+        edgeml_request request = {0};
+        draw(&in, seed);
+        uint32_t expected = answer(c, NULL, seed % SITES, &in);
+        assert(edgeml_request_begin(c, &request) == EDGEML_OK);
+        pool_lend(lenders[l], &lent);
+        assert(answer(c, &request, seed % SITES, &in) == expected && lent > 0);
+        pool_lend(NULL, NULL);
+        edgeml_request_end(&request);
+      }
+      for (uint32_t i = 0; i < PAGES; i++) assert(c->pager.pages[i].pins == 0);
+      assert(edgeml_close(c) == EDGEML_OK);
+    }
+}
+
 static void requests(const fixture *f) {
   edgeml_context *c = open_with(f, EXPERTS, 1, 0);
   edgeml_request request = {0}, other;
@@ -455,6 +508,7 @@ int main(void) {
   damage(&f);
   rows(&f);
   late_worker(&f);
+  lent_threads(&f);
   requests(&f);
   events_of_threads(&f);
   events_ring(&f);

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-from native_case import HIDDEN, TOP_K, Case, make_case, random_call
+from native_case import EXPERTS, HIDDEN, SITES, TOP_K, Case, make_case, random_call
 
 from edgeml import native
 from edgeml.errors import PageError
@@ -44,9 +44,12 @@ def one_node(operator: str, names: list[str], kinds: list[str], attributes: dict
     return bytes(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString())
 
 
-def session(context: native.Context | None, data: bytes) -> Any:
+def session(context: native.Context | None, data: bytes, threads: str | None = None) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    if threads is not None:
+        options.intra_op_num_threads = 3
+        options.add_session_config_entry("edgeml.threads", threads)
     if context is not None:
         options.add_session_config_entry("edgeml.context", context.handle)
     options.register_custom_ops_library(native.LIBRARY_PATH)
@@ -146,6 +149,23 @@ def test_a_damaged_page_is_the_request_s_error(case: Case, tmp_path: Path) -> No
             run.run(None, {"x": x, "ids": np.where(ids == 0, 1, ids), "weights": weights})
         assert request.error is None
         del run
+
+
+@pytest.mark.parametrize("slots", [1, SITES * EXPERTS])
+def test_operators_on_the_sessions_threads_are_the_direct_call(case: Case, slots: int) -> None:
+    x, ids, weights = random_call(40, 1)
+    with case.open(slots=slots, threads=3) as context:
+        experts, linear = context.experts(1, x, ids, weights), context.linear(case.linear, x)
+        for _ in range(5):
+            shared = session(context, model("PagedExperts", site=1), "session")
+            assert shared.run(None, {"x": x, "ids": ids, "weights": weights})[0].tobytes() == experts.tobytes()
+            own = session(context, model("PagedExperts", site=1))
+            assert own.run(None, {"x": x, "ids": ids, "weights": weights})[0].tobytes() == experts.tobytes()
+            dense = session(context, model("Linear", page=case.linear), "session")
+            assert dense.run(None, {"x": x})[0].tobytes() == linear.tobytes()
+        with pytest.raises(Exception, match=r"edgeml\.threads is session, or not there"):
+            session(context, model("Linear", page=case.linear), "mine")
+        del shared, own, dense
 
 
 def test_two_bundles_open_at_once(case: Case, context: native.Context) -> None:
