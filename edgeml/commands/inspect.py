@@ -106,6 +106,9 @@ def command(bundle: str, as_json: bool) -> None:
     if document["router"] is not None:
         groups = document["router"]["groups"]
         click.echo(f"router: a request may name no task; {len(groups)} groups: {', '.join(group['name'] for group in groups)}")
+    fit = document["evidence"].get("fit")
+    if isinstance(fit, dict):
+        click.echo(f"fitted to {printable(str(fit.get('said')))}")
     for task in document["tasks"]:
         what = "pairs" if task["pair"] else "texts"
         if task["input"]["kind"] == "image":

@@ -31,6 +31,11 @@ TYPES = click.Choice(["int4", "int8", "f32"])
 @click.option("--dense", type=TYPES, help="How the other large weights are stored, instead of the recipe's choice.")
 @click.option("--split-at", multiple=True, help="Of an ONNX file: a tensor where the backbone ends; may be repeated.")
 @click.option("--work", type=click.Path(), help="A folder where pruning keeps its decisions: the same command goes on from there.")
+@click.option("--device", help="Fit it to this device: a name of edgeml device list, a profile's .toml file, or host.")
+@click.option("--max-latency", help="... so that a request is predicted to take no longer there, say 100ms.")
+@click.option("--max-memory", help="... so that the process is predicted to need no more there, say 512MiB (default: what is usable).")
+@click.option("--tokens", type=click.IntRange(1), help="... for a text of so many tokens (default: 64, or as many as the model reads).")
+@click.option("--confident", is_flag=True, help="... the whole predicted range must keep to the limits, not its middle alone.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 def command(
@@ -42,6 +47,11 @@ def command(
     dense: str | None,
     split_at: tuple[str, ...],
     work: str | None,
+    device: str | None,
+    max_latency: str | None,
+    max_memory: str | None,
+    tokens: int | None,
+    confident: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -50,16 +60,36 @@ def command(
     SOURCE is file.py:function, where the function returns an edgeml_export.Model or an edgeml_export.vision.VisionModel; or an
     .onnx file of a CNN, whose recipe then describes its tasks.
 
+    With --device, bits, residency or variant are picked: candidates are predicted under the device's profile, what loses least first, and
+    the first that keeps to the limits (and to the recipe's) is written. When nothing fits, it says what would. The bits that a recipe
+    names are not held then; --experts and --dense hold them.
+
     Example: edgeml export model.py:mixture -o model.edgeml --recipe recipe.toml --data data/text
+
+    Example: edgeml export model.py:mixture -o pi.edgeml --data data/text --device raspberry-pi-4 --max-latency 100ms --max-memory 512MiB
     """
-    from edgeml_export.pipeline import export
+    from edgeml_export.fit import read_target
+    from edgeml_export.fit_print import fit_lines
+    from edgeml_export.fit_tried import NothingFits
+
+    target = read_target(device, max_latency, max_memory, tokens, confident, quiet)
+    from edgeml_export.pipeline import export  # torch, only after what can be wrong without it
 
     show = not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-    with _interruptible():
-        evidence = export(source, output, recipe, data, experts, dense, _bar if show else None, show, split_at, work)
+    try:
+        with _interruptible():
+            evidence = export(source, output, recipe, data, experts, dense, _bar if show else None, show, split_at, work, target)
+    except NothingFits as refused:
+        if as_json:
+            click.echo(json.dumps({"bundle": None, "fit": refused.document}, allow_nan=False))
+        else:
+            click.echo("\n".join(fit_lines(refused.document)))
+        raise
     if as_json:
         click.echo(json.dumps({"bundle": output, "evidence": evidence}, allow_nan=False))
         return
+    for line in fit_lines(evidence["fit"]) if "fit" in evidence else []:
+        click.echo(line)
     size = evidence["bytes"]
     click.echo(f"{output}: {format_bytes(size['bundle'])}, was {format_bytes(size['reference'])}")
     what = "images" if "variants" in evidence else "rows"
@@ -73,6 +103,8 @@ def command(
         click.echo(f"  {name:<28} {_variant(variant)}")
     for left in evidence.get("dropped", []):
         click.echo(f"  left out: {left['name']} ({left['reason']})")
+    if "fit" in evidence:
+        click.echo(evidence["fit"]["said"])
 
 
 def _variant(variant: dict[str, Any]) -> str:

@@ -56,12 +56,21 @@ def run_apart(module: str, arguments: Sequence[str], show: bool = False) -> str:
     raise _ERRORS.get(done.returncode, DeviceError)(f"measuring the written bundle failed: {said}")
 
 
-def evaluate(bundle: Path, view: View, limit: int | None, show: bool, experts_kept: float | None = None) -> dict[str, dict[str, Any]]:
+def evaluate(
+    bundle: Path,
+    view: View,
+    limit: int | None,
+    show: bool,
+    experts_kept: float | None = None,
+    memory: str = "100%",
+    residency: str = "exact",
+) -> dict[str, dict[str, Any]]:
     """`edgeml eval` on a split: per task domain, metric, n, chance, score; in [0, 1]."""
     arguments = ["eval", str(bundle), "--data", str(view.root), "--split", view.split, "--json"]
     arguments += ["--tasks", ",".join(f"{task.domain}/{task.name}" for task in view.tasks)]
     arguments += [] if limit is None else ["--limit", str(limit)]
-    arguments += ["--memory", "100%"] if experts_kept is None else ["--experts-kept", f"{experts_kept:.6f}"]
+    held = ["--memory", memory, "--residency", residency]
+    arguments += held if experts_kept is None else ["--experts-kept", f"{experts_kept:.6f}"]
     arguments += [] if show else ["--quiet"]
     document = json.loads(run_apart("edgeml.cli", arguments, show))
     found: dict[str, dict[str, Any]] = document["tasks"]

@@ -195,9 +195,14 @@ class Verify(Pass):
         assert view is not None
         limit = self.rows or None
         reference, found = job.reference_scores(view, limit), evaluate(job.written(), view, limit, job.show)
+        mean = sum(reference[name] - task["score"] for name, task in found.items()) / len(found)
+        job.evidence["acceptance"] = {"split": view.split, "mean_drop_points": round(100 * mean, 4)}
+        self.check(reference, found)
+
+    def check(self, reference: Mapping[str, float], found: Mapping[str, Mapping[str, Any]]) -> None:
+        """Raise `QualityRefused` where scores `found` fall too far below the reference's."""
         drops = {name: 100 * (reference[name] - task["score"]) for name, task in found.items()}
         mean = sum(drops.values()) / len(drops)
-        job.evidence["acceptance"] = {"split": view.split, "mean_drop_points": round(mean, 4)}
         broken = [f"the mean score falls by {mean:.2f} points (limit {self.max_mean_drop:g})"] if mean > self.max_mean_drop else []
         for name, drop in drops.items():
             if found[name]["n"] >= self.min_rows and drop > self.max_task_drop:

@@ -25,6 +25,7 @@ from edgeml_export.passes import Bar, Job, View
 from edgeml_export.recipe import Recipe, default_recipe, read_recipe
 
 if TYPE_CHECKING:
+    from edgeml_export.fit import Target
     from edgeml_export.vision.model import VisionModel
     from edgeml_export.vision.recipe import VisionRecipe
 
@@ -42,24 +43,26 @@ def export(
     show: bool = False,
     split_at: Sequence[str] = (),
     work: str | os.PathLike[str] | None = None,
+    target: Target | None = None,
 ) -> dict[str, Any]:
     """Export a model (`file.py:function`, an `.onnx` file or a description) and return the evidence that stands in the bundle.
 
     Without `data` nothing is measured and no usage recorded. `experts` and `dense` (int4, int8, f32) go before the recipe's; they are
     for mixtures. `split_at` names the tensors where the backbone of an ONNX file ends, and `work` a folder where pruning keeps what
     it has decided, to go on from after an interruption; they are for vision models. `bar` shows progress, and `show` lets the
-    measuring process show its own on standard error.
+    measuring process show its own on standard error. With a `target` (`fit.read_target`) bits, residency or variant are those that fit
+    the device, and the evidence has them below `fit`.
     Raises `QualityRefused` when a limit is broken; then, as after any error, `out` is as it was.
     """
-    target, root, shown = Path(out), None if data is None else Path(data), bar or _silent
-    with folder(target) as place:
+    final, root, shown = Path(out), None if data is None else Path(data), bar or _silent
+    with folder(final) as place:
         if isinstance(source, str) and not source.endswith(".onnx"):
             source = load_source(source)
         if isinstance(source, Model):
             if split_at or work is not None:
                 raise UsageError("--split-at and --work are for vision models, and this is a mixture for texts")
             steps = _steps(recipe, root is not None)
-            job, evidence = _mixture(Job(source, place, shown, show), steps, root, experts, dense)
+            job, evidence = _mixture(Job(source, place, shown, show), steps, root, experts, dense, target)
             candidate = job.written()
         else:
             from edgeml_export.vision.export import export_vision
@@ -69,8 +72,9 @@ def export(
             if isinstance(recipe, Recipe):
                 raise UsageError("this recipe is for mixtures, and the model is one for images")
             candidate = place / FILES[0]
-            evidence = export_vision(source, candidate, recipe, root, tuple(split_at), None if work is None else Path(work), shown, show)
-        publish(candidate, target, evidence)
+            folder_of_work = None if work is None else Path(work)
+            evidence = export_vision(source, candidate, recipe, root, tuple(split_at), folder_of_work, shown, show, target)
+        publish(candidate, final, evidence)
     return evidence
 
 
@@ -86,10 +90,17 @@ def _steps(recipe: Any, with_data: bool) -> Recipe:
     return steps
 
 
-def _mixture(job: Job, steps: Recipe, root: Path | None, experts: str | None, dense: str | None) -> tuple[Job, dict[str, Any]]:
+def _mixture(
+    job: Job, steps: Recipe, root: Path | None, experts: str | None, dense: str | None, target: Target | None
+) -> tuple[Job, dict[str, Any]]:
     """The passes of a recipe, and what is known of the candidate they leave."""
     tasks = job.model.find_data(root) if root is not None else []
     views = {} if root is None else {split: View(root, tasks, split) for split in SPLITS}
+    if target is not None:
+        from edgeml_export.fit_mixture import fit_mixture
+
+        fitted = fit_mixture(job, steps, views, (experts, dense), lambda: _write(job, steps, views), target)
+        return job, {**_evidence(job, views.get("test")), "fit": fitted.document()}
     job.plan = job.plan.override(experts, dense)
     for step in steps.passes:
         if "bundle" in step.requires and job.bundle is None:

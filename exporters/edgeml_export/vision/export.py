@@ -12,7 +12,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import onnx
@@ -34,6 +34,9 @@ from edgeml_export.vision.recipe import VisionRecipe, default_recipe, read_recip
 from edgeml_export.vision.runner import in_batches
 from edgeml_export.vision.variants import Candidate, candidates, dominated, float_stages, ranked, timed
 
+if TYPE_CHECKING:
+    from edgeml_export.fit import Target
+
 __all__ = ["cpu_name", "export_vision"]
 
 NAME_LIMIT = 64
@@ -48,6 +51,7 @@ def export_vision(
     work: Path | None,
     bar: Bar,
     show: bool,
+    target: Target | None = None,
 ) -> dict[str, Any]:
     """Write the candidate bundle and return its evidence. `source` as text is an `.onnx` file. See `edgeml_export.export`."""
     steps = _recipe(recipe, root is not None)
@@ -67,7 +71,13 @@ def export_vision(
     if data is not None:
         data.check()
     dense = float_stages(source)
-    made, dropped = candidates(source, dense, steps, data, work, bar)
+    fitted = None
+    if target is None:
+        made, dropped = candidates(source, dense, steps, data, work, bar)
+    else:
+        from edgeml_export.vision.fit_variant import fit_variants
+
+        made, dropped, fitted = fit_variants(source, dense, steps, recipe is not None, data, work, bar, candidate, target)
     image = data.validation.images[:1] if data is not None else numpy.zeros((1, *source.image.shape), numpy.float32)
     made = timed(made, dense, image)
     kept, pointless = dominated(made) if steps.pareto else (ranked(made), [])
@@ -80,6 +90,7 @@ def export_vision(
             f"the bundle is refused and nothing was written: it has {format_bytes(size)}, and the limit is {steps.limits.max_bytes}"
         )
     evidence = _evidence(source, dense, kept, size) | {"dropped": dropped + pointless}
+    evidence |= {} if fitted is None else {"fit": fitted.document()}
     return evidence if data is None else _with_scores(evidence, source, candidate, data, show)
 
 

@@ -25,7 +25,7 @@ from edgeml_export.vision.onnx_source import OnnxModel
 from edgeml_export.vision.recipe import VariantStep, VisionRecipe
 from edgeml_export.vision.runner import Runner, in_batches, interleaved, speedup
 
-__all__ = ["Candidate", "candidates", "dominated", "float_stages", "ranked", "timed"]
+__all__ = ["Candidate", "Source", "candidates", "check_drop", "dominated", "float_stages", "ranked", "scored", "timed", "versions"]
 
 NOISE = 1.03  # latencies closer than this are the same: which variants stay must not hang on a disturbance
 
@@ -71,33 +71,42 @@ def candidates(
     Raises `QualityRefused` where a version falls by more than the recipe allows it.
     """
     made, dropped = list[Candidate](), list[dict[str, Any]]()
-    reference = {} if data is None else _scored(source, dense, data)
+    reference = {} if data is None else scored(source, dense, data)
     for step in recipe.variants:
-        stages, about = dense, dict[str, Any]()
-        if step.pruned:
-            stages, about = _pruned(source, step, recipe, data, work, bar)
-        macs, parameters = count_stages(stages)
-        found = {} if data is None else _scored(source, stages, data)
-        plain = Candidate(f"{step.title}-f32", stages, macs, parameters, step.bound or None, False, found, evidence=about)
-        these = [plain] if "f32" in step.store else []
-        if "int8" in step.store and recipe.int8.when != "never":
-            assert data is not None
-            smaller, how = _int8(source, stages, recipe, data, bar, step.title)
-            name = f"{step.title}-int8"
-            if smaller is None:
-                dropped.append({"name": name, "reason": how["reason"], "int8": how})
-            else:
-                after, whole = _scored(source, smaller, data), {**about, "int8": how}
-                these.append(replace(plain, name=name, stages=smaller, quantized=True, scores=after, evidence=whole))
+        these, left = versions(source, dense, step, recipe, data, work, bar)
         for one in these:
-            _check_drop(one, reference, step.max_drop)
-        made += these
+            check_drop(one, reference, step.max_drop)
+        made, dropped = made + these, dropped + left
     if not made:
         raise UsageError(f"{recipe.where}: no variant is left, since int8 was not kept ({dropped[0]['reason']}); store 'f32' too")
     return made, dropped
 
 
-def _scored(source: Source, stages: Stages, data: VisionData) -> dict[str, float]:
+def versions(
+    source: Source, dense: Stages, step: VariantStep, recipe: VisionRecipe, data: VisionData | None, work: Path | None, bar: Bar
+) -> tuple[list[Candidate], list[dict[str, Any]]]:
+    """What one step of a recipe comes to, as it is stored, and what int8 could not keep, with the reason."""
+    stages, about = dense, dict[str, Any]()
+    if step.pruned:
+        stages, about = _pruned(source, step, recipe, data, work, bar)
+    macs, parameters = count_stages(stages)
+    found = {} if data is None else scored(source, stages, data)
+    plain = Candidate(f"{step.title}-f32", stages, macs, parameters, step.bound or None, False, found, evidence=about)
+    made, dropped = [plain] if "f32" in step.store else [], list[dict[str, Any]]()
+    if "int8" in step.store and recipe.int8.when != "never":
+        assert data is not None
+        smaller, how = _int8(source, stages, recipe, data, bar, step.title)
+        name = f"{step.title}-int8"
+        if smaller is None:
+            dropped.append({"name": name, "reason": how["reason"], "int8": how})
+        else:
+            after, whole = scored(source, smaller, data), {**about, "int8": how}
+            made.append(replace(plain, name=name, stages=smaller, quantized=True, scores=after, evidence=whole))
+    return made, dropped
+
+
+def scored(source: Source, stages: Stages, data: VisionData) -> dict[str, float]:
+    """Each task's score on validation."""
     return scores(source.tasks, data.validation, in_batches(Runner(stages), data.validation.images))
 
 
@@ -120,10 +129,11 @@ def _int8(
 ) -> tuple[Stages | None, dict[str, Any]]:
     images = data.train.images[: recipe.int8.images]
     with bar(f"{title}: int8", len(recipe.int8.methods)) as tick:
-        return quantize(stages, source.tasks, recipe.int8, images, lambda made: _scored(source, made, data), tick)
+        return quantize(stages, source.tasks, recipe.int8, images, lambda made: scored(source, made, data), tick)
 
 
-def _check_drop(candidate: Candidate, reference: Mapping[str, float], limit: float) -> None:
+def check_drop(candidate: Candidate, reference: Mapping[str, float], limit: float) -> None:
+    """Raise `QualityRefused` where the mean score on validation falls by more points than `limit`; 0 is none."""
     if not limit or not reference:
         return
     mean = sum(reference.values()) / len(reference)
