@@ -23,7 +23,6 @@ __all__ = ["main"]
 #: command -> (module that holds it as `command`, its line in `edgeml --help`)
 COMMANDS = {
     "bench": ("edgeml.commands.bench", "Measure latency, page traffic and memory, a row for each setting."),
-    "diff": ("edgeml.commands.diff", "Which part of a bundle lost the quality that a reference has."),
     "eval": ("edgeml.commands.eval", "Scores on labelled data, task by task, alone or against a reference."),
     "inspect": ("edgeml.commands.inspect", "What is inside a bundle: stages, sites, tasks, bytes, evidence."),
     "profile": ("edgeml.commands.profile", "Where the time of requests goes, and a timeline of it."),
@@ -35,6 +34,7 @@ COMMANDS = {
 GROUP = "edgeml.commands"
 #: Commands of other rooms: their extra, and their line in `edgeml --help`, which shows them installed or not.
 ROOMS = {
+    "diff": ("report", "Which part of a bundle lost the quality that a reference has."),
     "device": ("devices", "Boards and phones: profiles, prediction, runs on a device."),
     "doctor": ("devices", "Check this machine, and whether a model fits it and how fast it should be."),
     "export": ("export", "Turn a torch model into a bundle."),

@@ -206,7 +206,7 @@ def _figure(key: str, given: Any, where: str) -> Figure:
         if number is None:
             continue
         if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number) or not least <= number <= most:
-            raise DataError(f"{place}: {name} is {number!r:.40}, and {meaning} must be a number from {least:.4g} to {most:.4g}")
+            raise DataError(f"{place}: {name} is {number!r:.40}, must be a number from {least:.4g} to {most:.4g} ({meaning})")
         numbers[name] = float(number)
     if not numbers.get("low", -math.inf) <= numbers["value"] <= numbers.get("high", math.inf):
         raise DataError(f"{place}: the value {given['value']!r} lies outside its own range of low to high")

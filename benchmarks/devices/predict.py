@@ -1,19 +1,21 @@
 #!/usr/bin/env python3
 """Predicted against measured: latency, peak memory and bytes read of five bundles under three caps, on this machine.
 
-    predict.py [--bundles a.edgeml,b.edgeml] [--tokens 64] [--rounds 20] [--emulate]
+    predict.py [--bundles a.edgeml,b.edgeml] [--tokens 64] [--rounds 20] [--threads 1,2] [--emulate]
 
 The machine's profile is probed in the same run, before anything is predicted, so no constant comes from what is measured afterwards. Each
 bundle is predicted and then measured, in a process of its own, with all its weights in memory, with a quarter and with a twelfth;
 `--emulate` (root) also slows the disk down, to a third and to a tenth of what was probed, for the two smaller ones. Texts are random
 words of the bundle's own tokenizer, as many as the tokens asked for; how such texts choose experts is learned from eight other
 texts first, as a bundle's recorded usage is from its data. Networks for images are measured on random images, once: they do not page.
+With several counts of threads each case is predicted and measured under every one of them; how much of a core each further thread
+gives is the probe's figure.
 
 A disk that is slowed down gives its bytes in bursts, a tenth of a second's at a time: short runs are not slowed at all, and the median
 round says little. So rounds go on for a second at least, and where the disk is slowed their mean is compared, elsewhere their median.
 The record has both, and what the error would be with medians throughout.
 
-The bounds: the median over all cases of the absolute error is at most 15 % for latency, 10 % for peak memory
+The bounds, for each count of threads: the median over all its cases of the absolute error is at most 15 % for latency, 10 % for peak memory
 and 10 % for bytes read (cases that read less than a page a request are left out of the last, and counted).
 """
 
@@ -82,18 +84,18 @@ def slower(profile: Profile, bytes_per_s: float | None) -> Profile:
 
 
 def said(
-    profile: Profile, bundle: Bundle, manifest: Manifest, task: Task, memory: str, options: Any, routing: Routing | None
+    profile: Profile, bundle: Bundle, manifest: Manifest, task: Task, memory: str, tokens: int, threads: int, routing: Routing | None
 ) -> Prediction:
     variant = choose_variant(manifest, Wish(), str(bundle.path))
     chosen = next(one for one in with_variant(manifest, variant).tasks if one.name == task.name)
     costs = {stage: graph_cost(bundle.read(page)) for stage, page in pages_of(manifest, chosen).items()}
-    budget = plan_budget(bundle, manifest, memory, options.threads)
-    return predict(profile, bundle.pages, manifest, costs, budget, chosen, tokens=options.tokens, threads=options.threads, variant=variant,
+    budget = plan_budget(bundle, manifest, memory, threads)
+    return predict(profile, bundle.pages, manifest, costs, budget, chosen, tokens=tokens, threads=threads, variant=variant,
                    routing=routing)  # fmt: skip
 
 
 def cases(profile: Profile, path: Path, options: Any) -> Iterator[dict[str, Any]]:
-    """Each cap of a bundle: what was predicted, then what was measured."""
+    """Each cap of a bundle, with each count of threads: what was predicted, then what was measured."""
     with Bundle.open(path) as bundle:
         manifest = load_manifest(bundle)
         task = next(task for task in manifest.tasks if task.kind == "classification" and not task.pair)
@@ -110,12 +112,13 @@ def cases(profile: Profile, path: Path, options: Any) -> Iterator[dict[str, Any]
         for memory, share in zip(CAPS[: 1 if on_images else None], RATES, strict=False):
             probed = profile.figures["storage.64k_qd2_bytes_per_s"].value if share else 0
             limit = probed / share if share and options.emulate else None
-            prediction = said(slower(profile, limit), bundle, manifest, task, memory, options, routing)
-            rounds = max(options.rounds, min(math.ceil(SECONDS / prediction.latency_s.value), MOST_ROUNDS))
-            with held(limit, path.parent):
-                settings = {"iterations": rounds, "memory": memory, "threads": options.threads, "residency": "exact", "variant": None}
-                record = answered(job | settings)
-            yield compared(path.stem, memory, limit, prediction, record)
+            for threads in options.threads:
+                prediction = said(slower(profile, limit), bundle, manifest, task, memory, options.tokens, threads, routing)
+                rounds = max(options.rounds, min(math.ceil(SECONDS / prediction.latency_s.value), MOST_ROUNDS))
+                with held(limit, path.parent):
+                    settings = {"iterations": rounds, "memory": memory, "threads": threads, "residency": "exact", "variant": None}
+                    record = answered(job | settings)
+                yield compared(path.stem, memory, limit, prediction, record)
 
 
 def held(limit: float | None, folder: Path) -> Any:
@@ -145,13 +148,13 @@ def compared(name: str, memory: str, limit: float | None, prediction: Prediction
     if figures["page_in_bytes"]["measured"] < (record["slot_bytes"] or 1):
         figures["page_in_bytes"]["error"] = None
     print(
-        f"{name:>16} {memory:>5} {'' if limit is None else f'{limit / 1e6:.0f} MB/s':>9}  "
+        f"{name:>16} {memory:>5} x {record['threads']} {'' if limit is None else f'{limit / 1e6:.0f} MB/s':>9}  "
         + "  ".join(f"{key} {one['predicted']:.4g} / {one['measured']:.4g}" + ("" if one["error"] is None else f" ({one['error']:+.0%})")
                     for key, one in figures.items()),
         file=sys.stderr,
     )  # fmt: skip
     return {
-        "bundle": name, "memory": memory, "read_rate_limit_bytes_per_s": limit, **figures,
+        "bundle": name, "memory": memory, "threads": record["threads"], "read_rate_limit_bytes_per_s": limit, **figures,
         "page_wait_s": {"predicted": prediction.wait_s, "measured": (record["page_wait_s"] or 0) / rounds},
         "measured_p50_s": record["latency_s"]["p50"],
         "measured_mean_s": mean,
@@ -169,11 +172,12 @@ def main() -> int:
     options.add_argument("--bundles", help="bundles to use instead, separated by commas (default: three made ones and those in models/)")
     options.add_argument("--tokens", type=int, default=64)
     options.add_argument("--rounds", type=int, default=20)
-    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--threads", default="1", help="threads to compute with, or a list such as 1,2")
     options.add_argument("--emulate", action="store_true", help="also slow the disk down (root, and a kernel that can)")
     options.add_argument("--folder", type=Path, help="where made bundles are written (default: the system's temporary folder)")
     options.add_argument("--made", type=Path, help="a folder with the made bundles of a run before")
     chosen = options.parse_args()
+    chosen.threads = [int(count) for count in chosen.threads.split(",")]
     with tempfile.TemporaryDirectory(dir=chosen.folder) as temporary:
         place = Path(temporary)
         if chosen.bundles:
@@ -190,16 +194,15 @@ def main() -> int:
             found += cases(profile, path, chosen)
             tick(1)
     verdicts: list[Verdict] = []
-    for key, what, bound in (
-        ("latency_s", "latency", 0.15),
-        ("peak_memory_bytes", "peak memory", 0.10),
-        ("page_in_bytes", "bytes read", 0.10),
-    ):
-        off = errors(found, key)
-        middle = median(off) if off else None
-        about = {"cases": len(off), "worst": max(off, default=None)}
-        holds = None if middle is None else middle <= bound
-        verdicts.append(verdict(f"median absolute error of {what}", f"<= {bound}", middle, holds, **about))
+    for threads in chosen.threads:
+        these = [case for case in found if case["threads"] == threads]
+        for key, what, bound in BOUNDS:
+            off = errors(these, key)
+            middle = median(off) if off else None
+            about = {"threads": threads, "cases": len(off), "worst": max(off, default=None)}
+            holds = None if middle is None else middle <= bound
+            of = f"{what}, {threads} thread" + ("s" if threads > 1 else "")
+            verdicts.append(verdict(f"median absolute error of {of}", f"<= {bound}", middle, holds, **about))
     inside = [case["latency_s"]["low"] <= case["latency_s"]["measured"] <= case["latency_s"]["high"] for case in found]
     plain = [abs(case["latency_s"]["predicted"] / case["measured_p50_s"] - 1) for case in found]
     figures = {

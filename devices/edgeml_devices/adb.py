@@ -23,6 +23,7 @@ class Adb:
     """`serial` as `adb devices` prints it; without one, the only device there is. Raises `UsageError` for what is no serial number."""
 
     folder = "/data/local/tmp/edgeml"  # what the shell user may write on every Android
+    python = "python3"
 
     def __init__(self, serial: str = "") -> None:
         if serial and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:\[\]-]*", serial):

@@ -16,14 +16,17 @@ import click
 from click.core import ParameterSource
 
 from edgeml.cli import COMMANDS
+from edgeml.commands._bench_compare import parse_other
 from edgeml.errors import DataError, UsageError
+from edgeml.workload import load_workload
 
 __all__ = ["Delivery", "runtime_command", "unpack"]
 
 BUNDLES = ("bundle", "reference")
 SENT = ("source", "images", "data", "from_predictions")
-FETCHED = {("run", "output"), ("profile", "output"), ("profile", "trace")}
+FETCHED = {("run", "output"), ("profile", "trace")}
 BOTH = ("predictions",)  # taken along if it is there, brought back in any case
+KEPT = ("state", "learn")  # what a machine learns stays on it, and a run leaves nothing there
 
 
 @dataclass
@@ -36,6 +39,13 @@ class Delivery:
     fetched: list[tuple[str, Path]] = field(default_factory=list)
     records: bool = False
     json: bool = False
+
+    def as_here(self, text: str) -> str:
+        """What the far side says, with the names that files have here."""
+        for source, place in self.sent:
+            if str(source) != "-":
+                text = text.replace(place, str(source))
+        return text
 
     def _bundle(self, path: str) -> str:
         for known, place in self.bundles:
@@ -50,9 +60,29 @@ class Delivery:
     def _file(self, path: str) -> str:
         if path != "-" and not Path(path).exists():
             raise DataError(f"{path}: no such file or folder")
+        if Path(path).is_dir() and not any(inner.is_file() for inner in Path(path).rglob("*")):
+            raise DataError(f"{path}: there is no file in it")
         place = f"in{len(self.sent) + 1}/{'standard-input' if path == '-' else Path(os.path.abspath(path)).name}"
         self.sent.append((Path(path), place))
         return place
+
+    def _workload(self, path: str) -> str:
+        """A workload with the inputs that it names, which lie beside it."""
+        file, place = Path(path), self._file(path)
+        folder = os.path.abspath(file.parent)
+        for named in dict.fromkeys(name for kind in load_workload(file).mix for name in (kind.input, *kind.images) if name is not None):
+            inside = os.path.relpath(named, folder)
+            if inside.startswith(".."):
+                raise DataError(f"{path}: {named} does not lie in its folder, so it cannot travel with it; put it there")
+            if not named.is_file():
+                raise DataError(f"{path}: {named}: no such file")
+            self.sent.append((named, f"{Path(place).parent}/{inside}"))
+        return place
+
+    def _other(self, value: str) -> str:
+        """What --compare names: another bundle with settings, or records."""
+        path, comma, settings = value.partition(",")
+        return (self._file(path) if parse_other(value).records else self._bundle(path)) + comma + settings
 
     def _result(self, path: str) -> str:
         if not Path(path).absolute().parent.is_dir():
@@ -66,6 +96,8 @@ class Delivery:
             return self._bundle(value)
         if name in SENT:
             return self._file(value)
+        if name in ("workload", "compare"):
+            return self._workload(value) if name == "workload" else self._other(value)
         if free and (verb, name) in FETCHED:
             return self._result(value)
         if name in BOTH:
@@ -100,6 +132,8 @@ def unpack(verb: str, given: Sequence[str], several: bool) -> Delivery:
     for parameter in command.params:
         name = parameter.name or ""
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE and name != "records_file":
+            if name in KEPT:
+                raise UsageError(f"{max(parameter.opts, key=len)} keeps what is learned, and a run there leaves nothing behind; learn here")
             found.arguments += _spelled(found, verb, parameter, context.params[name])
     if several and found.fetched:
         raise UsageError(f"{found.fetched[0][1]} would be written by several devices; name one device, or leave it out")

@@ -49,6 +49,7 @@ class Outcome:
             "start_s": self.start_s,
             "seconds": self.seconds,
             "document": self.document,
+            "predicted": [record["device_run"]["predicted"] for record in self.records if "device_run" in record],
         }
 
 
@@ -111,6 +112,22 @@ def table(verb: str, outcomes: Sequence[Outcome]) -> Iterator[str]:
         yield from _aligned(["on", "task", "answer", "score", "ms"], [row for one in done for row in _answers(one)])
     elif verb == "eval":
         yield from _aligned(["on", "variant", "tasks", "mean", "retention", "GG"], [row for one in done for row in _scores(one)])
+    elif verb == "profile":
+        heads = [
+            "on",
+            "when",
+            "rounds",
+            "ms each",
+            "graphs",
+            "experts",
+            "dense layers",
+            "waiting",
+            "rest",
+            "misses",
+            "read MiB",
+            "energy J",
+        ]
+        yield from _aligned(heads, [row for one in done for row in _phases(one)])
     else:
         yield from _aligned(["on", "ended with", "seconds"], [[one.to, str(one.exit_code), _seconds(one.seconds)] for one in done])
 
@@ -134,16 +151,33 @@ def _copied(copied: Copied | None) -> list[str]:
 
 
 def _bench(measured: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[str]:
-    """The table of `edgeml bench`, with a column in front that says where."""
+    """The table of `edgeml bench`, with a column in front that says where; what the machines are, and how a comparison ended."""
     width = max(2, *(len(name) for name, _ in measured))
     first = measured[0][1]
-    _, _, head, rules = (_records.head("md", first) or "").splitlines()
-    yield f"`{first['bundle']}`, task {first['task']}, {first['rounds']} warm rounds of one input"
+    what, _, head, rules = (_records.head("md", first) or "").splitlines()
+    yield what.replace(f" on {first['device']['cpu'] or 'this machine'}", "", 1)
     yield ""
     yield f"| {'on':{width}} {head}"
     yield f"| {'-' * width} {rules}"
     for name, record in measured:
         yield f"| {name:{width}} {_records.row('md', record)}"
+    yield ""
+    for name, record in dict(measured).items():
+        about = record["device"]
+        yield f"{name}: {printable(about['board'] or about['cpu'] or 'processor unknown')}, {about['architecture']}"
+    for name, record in measured:
+        if compared := record.get("compare"):
+            sure, ratio, other = (
+                100 * compared["confidence"],
+                compared["ratio"],
+                compared["with"].get("bundle") or compared["with"].get("records"),
+            )
+            found = compared["difference"] or "no difference found"
+            yield (
+                f"{name}: {ratio['value']:.3f} times as long as {printable(str(other))} "
+                f"({sure:.0f} %: {ratio['low']:.3f} to {ratio['high']:.3f}): {found}"
+                + (", more than is allowed" if compared["refused"] else "")
+            )
 
 
 def _answers(one: Outcome) -> Iterator[list[str]]:
@@ -159,6 +193,21 @@ def _scores(one: Outcome) -> Iterator[list[str]]:
     for variant in (one.document or {}).get("variants", []):
         figures = [_figure(variant.get(key)) for key in ("mean", "retention", "gg")]
         yield [one.to, variant["name"], str(len(variant.get("tasks", ()))), *figures]
+
+
+def _phases(one: Outcome) -> Iterator[list[str]]:
+    """Where a profile's time went, cold and warm, in milliseconds of a round; energy is that of the whole run."""
+    document = one.document or {}
+    energy = (document.get("energy") or {}).get("energy_j")
+    for phase in ("cold", "warm"):
+        told = document.get(phase)
+        if told is None:
+            continue
+        rounds = told["rounds"]
+        parts = [sum(stage[key] for stage in told["stages"]) for key in ("graph_s", "experts_s", "dense_s", "wait_s")]
+        shown = [f"{1e3 * seconds / rounds:.2f}" for seconds in (told["wall_s"], *parts, told["wall_s"] - sum(parts))]
+        read = f"{told['page_in_bytes'] / (1 << 20):.1f}"
+        yield [one.to, phase, str(rounds), *shown, str(told["misses"]), read, "-" if energy is None else f"{energy:.3g}"]
 
 
 def _figure(value: Any) -> str:

@@ -383,9 +383,12 @@ def _scratch(folder: Path, size: int) -> Iterator[Path]:
 
 
 def _writable(folder: Path) -> Path:
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise DeviceError(f"{folder}: no folder that can be written; name another one")
-    return folder
+    """The folder, once a file could be made in it."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise DeviceError(f"{folder}: nothing can be written there ({error.strerror}); name another folder") from None
 
 
 # ---- processes ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Callable
 from typing import IO
 
@@ -13,6 +14,7 @@ class Local:
     """`before` is called in the child before its program starts, as `Emulation.join` wants to be."""
 
     folder = '"${XDG_CACHE_HOME:-$HOME/.cache}"/edgeml-device'
+    python = sys.executable  # which has edgeml; another python3 may not
 
     def __init__(self, name: str = "local", before: Callable[[], None] | None = None) -> None:
         self.name, self._before = name, before

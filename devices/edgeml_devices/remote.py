@@ -83,12 +83,12 @@ def start_line(transport: Transport, python: str | None, folder: str | None, len
     """The shell line that starts the worker, whose `length` bytes of text follow on standard input.
 
     Without `python`, or with `own_first`, that of the environment which `install` made there, and only where there is none `python`, or
-    `python3`. `folder` may begin with ~/.
+    the transport's own. `folder` may begin with ~/.
     """
     place = transport.folder
     if folder is not None:
         place = '"$HOME"/' + shlex.quote(folder[2:]) if folder.startswith("~/") else shlex.quote(folder)
-    find = f"p={shlex.quote(python or 'python3')}"
+    find = f"p={shlex.quote(python or transport.python)}"
     if python is None or own_first:
         find = f'[ -x "$r/venv/bin/python" ] && p="$r/venv/bin/python" || {find}'
     old = 'sys.version_info<(3,11)and sys.exit("edgeml-python %d.%d"%sys.version_info[:2])'
@@ -256,7 +256,7 @@ class Remote:
         if "edgeml-python" in last:
             return DeviceError(f"{self.name}: Python {last.split()[-1]} is there, and edgeml needs 3.11; name another with --remote-python")
         if code in (126, 127) and not self.facts:
-            python = self._python or "python3"
+            python = self._python or self._transport.python
             return DeviceError(f"{self.name}: there is no {python} that can be started; name Python 3.11 or newer with --remote-python")
         if "Traceback" in said:
             return DeviceError(f"{self.name}: the worker failed while {self._doing} ({last})")

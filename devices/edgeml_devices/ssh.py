@@ -43,6 +43,7 @@ class Ssh:
     """`place` is `user@host`, `host`, `user@host:port` or `ssh://user@host:port`. Raises `UsageError` for anything else."""
 
     folder = '"${XDG_CACHE_HOME:-$HOME/.cache}"/edgeml-device'
+    python = "python3"
 
     def __init__(self, place: str) -> None:
         found = _PLACE.fullmatch(place)

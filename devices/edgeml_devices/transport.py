@@ -18,11 +18,12 @@ __all__ = ["Transport", "need", "start"]
 class Transport(Protocol):
     """A machine that programs can be started on. `name` is how its user called it, `folder` where the worker's things go by default.
 
-    `folder` is text of a POSIX shell there, quoted as far as it must be.
+    `folder` is text of a POSIX shell there, quoted as far as it must be. `python` is tried where the user names none.
     """
 
     name: str
     folder: str
+    python: str
 
     def start(self, line: str, errors: IO[bytes]) -> subprocess.Popen[bytes]:
         """Run a line of POSIX shell there. `errors` takes what it, and what leads there, write to standard error.

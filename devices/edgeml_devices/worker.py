@@ -85,7 +85,8 @@ class Worker:
         try:
             self._settle()
         except (Fault, OSError) as error:
-            self.say({"hello": 1, "fault": _sentence(error, self._root)}, MARK)
+            told = "" if isinstance(error, Fault) else "; name another folder with --remote-dir"
+            self.say({"hello": 1, "fault": _sentence(error, self._root) + told}, MARK)
             return
         self.say({"hello": 1} | facts(self._root), MARK)
         threading.Thread(target=self._watch, daemon=True).start()
@@ -105,8 +106,9 @@ class Worker:
             self._part.close()
         for path in self._passing:
             path.unlink(missing_ok=True)
-        if self._run is not None:
-            shutil.rmtree(self._run, ignore_errors=True)
+        if self._run is None:
+            return  # the folder was not fit to be used: it is not ours
+        shutil.rmtree(self._run, ignore_errors=True)
         for folder in (self._root / "bundles", self._root):  # only if nothing is in them
             with suppress(OSError):
                 folder.rmdir()
@@ -289,14 +291,12 @@ class _Part:
             raise Fault("another copy of this bundle is under way there, or broke off within the last minute; try again then") from None
         try:
             self.have = self._hashed()
-            free = free_bytes(path.parent)
-            if length - self.have + RESERVE_BYTES > free:
+            free, coming = free_bytes(path.parent), length - self.have
+            if coming + RESERVE_BYTES > free:
                 if not self.have:
                     path.unlink()
-                raise Fault(
-                    f"the disk there is full: {path.parent} has {free} bytes free, and {length - self.have} are to come; "
-                    "free some, or name another folder with --remote-dir"
-                )
+                room = f"{path.parent} has {free / (1 << 20):.1f} MiB free, and {coming / (1 << 20):.1f} MiB are to come"
+                raise Fault(f"the disk there is full: {room}; free some, or name another folder with --remote-dir")
         except BaseException:
             os.close(self._fd)
             raise

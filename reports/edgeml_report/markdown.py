@@ -12,7 +12,7 @@ from edgeml_report.text import UNMEASURED
 
 __all__ = ["to_csv", "to_markdown"]
 
-HEAD = ("record", "kind", "bundle", "bundle_id", "residency", "memory_budget_bytes", "threads", "metric", "value", "low", "high", "n")
+HEAD = ("record", "kind", "bundle", "bundle_id", "residency", "memory_budget_bytes", "threads", "metric", "value", "low", "high", "n", "to")
 _SPECIAL = re.compile(r"([\\*_\[\]~|#])")
 
 
@@ -69,8 +69,8 @@ def _escaped(text: str) -> str:
     """Nothing in a name is markup, a link or somebody's handle; backticks are ours."""
     parts = text.split("`")
     for number in range(0, len(parts), 2):
-        plain = parts[number].replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("@", "&#64;")
-        parts[number] = _SPECIAL.sub(r"\\\1", plain)
+        plain = _SPECIAL.sub(r"\\\1", parts[number])
+        parts[number] = plain.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("@", "&#64;")
     return "`".join(parts)
 
 

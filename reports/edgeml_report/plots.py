@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 from edgeml_report.content import Plot
 from edgeml_report.text import clean
 
-__all__ = ["REST", "USAGE_LEVELS", "available", "curves", "pareto", "spreads", "stacks", "svg", "timeline", "usage"]
+__all__ = ["REST", "USAGE_LEVELS", "available", "curves", "pareto", "spreads", "stacks", "svg", "timeline", "trail", "usage"]
 
 #: Role -> the colour that stands for it while drawing.
 ROLES = {
@@ -349,6 +349,25 @@ def curves(found: Mapping[str, Mapping[float, float]]) -> Draw:
             6 if wide else 3,
             2.4,
         )
+
+    return draw
+
+
+def trail(names: Sequence[str], errors: Sequence[float], alone: Sequence[float]) -> Draw:
+    """Errors in % after each part as a line, and what each part adds by itself as bars; the parts' numbers below."""
+
+    def draw(figure: Any, wide: bool) -> None:
+        axes = _axes(figure, wide, _height(figure), left=62, top=30)
+        places = range(1, len(names) + 1)
+        axes.bar(places, alone, width=0.6, color=SERIES[1])
+        axes.plot(places, errors, color=SERIES[0], linewidth=2, marker="o", markersize=4)
+        shown = [at for at in places if wide or at % 2 or len(names) < 10]
+        axes.set_xticks(shown, [str(at) for at in shown])
+        axes.set_xlabel(f"from {clean(names[0], 30)} to {clean(names[-1], 30)}")
+        axes.set_ylabel("error, %")
+        axes.set_ylim(bottom=0)
+        keys = [_key(color=SERIES[0], linewidth=2, marker="o", label="so far"), _patch(color=SERIES[1], label="alone")]
+        _legend(figure, keys, 2)
 
     return draw
 

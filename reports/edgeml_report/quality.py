@@ -11,7 +11,7 @@ from edgeml_report.content import Block, Cell, Column, Plot, Section, Table, Whi
 from edgeml_report.runs import Quality, Record, documents, figure, frontier, items, labels, mapping, quality_of, text, weights_of
 from edgeml_report.text import UNMEASURED, clean, count, interval, listed, mib, milliseconds, named, percent, points, ratio
 
-__all__ = ["OURS", "domains", "indices", "lost", "tradeoffs"]
+__all__ = ["OURS", "domains", "indices", "tradeoffs"]
 
 OURS = "The formulas of DSI, GG and CDTR are edgeml's own, not a standard's."
 #: Heat levels: retention from here upwards, and what the legend says.
@@ -166,39 +166,6 @@ def indices(scored: Sequence[Quality], records: Sequence[Record]) -> Section:
     columns = [Column("index and what it means"), Column("value and 95 % interval")]
     table = Table("Indices, with intervals by a paired bootstrap over the test rows", columns, rows)
     return Section("indices", title, OURS, [table, *reasons, *_explained(), *tables])
-
-
-def lost(records: Sequence[Record]) -> Section | None:
-    """Which part lost the quality; None where nobody asked."""
-    found = documents(records, "diff")
-    if not found:
-        return None
-    blocks: list[Block] = []
-    for record, document in found:
-        parts = [mapping(one) for key in ("parts", "stages", "sites", "layers", "rows") for one in items(document, key)]
-        rows = [
-            [
-                Cell(clean(text(part, "name") or "unnamed"), clean(text(part, "kind") or "")),
-                Cell(_error(part)),
-                Cell(points(figure(part, "gain") if figure(part, "gain") is not None else figure(part, "restored.value"))),
-            ]
-            for part in parts
-        ]
-        if rows:
-            caption = (
-                f"{named(record.get('bundle', 'the bundle'))}: error of each part's activations, and score gained when it alone is restored"
-            )
-            blocks.append(Table(caption, [Column("part"), Column("activation error", True), Column("gained when restored", True)], rows))
-    return (
-        Section("lost", "Which part lost it", "Each part is put back in turn, everything else stays compressed.", blocks)
-        if blocks
-        else None
-    )
-
-
-def _error(part: Mapping[str, Any]) -> str:
-    value = figure(part, "error") if figure(part, "error") is not None else figure(part, "activation_error")
-    return percent(value)
 
 
 def _configurations(records: Sequence[Record], scored: Sequence[Quality]) -> list[_Configuration]:

@@ -18,7 +18,7 @@ OPTIONS = ("task", "variant", "memory", "residency", "threads", "split", "limit"
 DEFAULTS = {"memory": "auto", "residency": "exact", "split": "test", "experts_kept": "all", "kept_by": "usage"}
 #: Options of bench that take lists.
 SWEPT = ("--memory", "--residency")
-NEEDS = {"eval": ["--data", "DATA"], "routing": ["--data", "DATA"], "diff": ["--data", "DATA"], "bench": [], "profile": []}
+NEEDS = {"eval": ["--data", "DATA"], "routing": ["--data", "DATA"], "bench": [], "profile": []}
 
 
 def reproduce(records: Sequence[Record]) -> Section:
@@ -44,18 +44,28 @@ def _commands(records: Sequence[Record]) -> list[str]:
     for number, (record, own) in enumerate(zip(records, options, strict=True)):
         rest = tuple(item for item in own.items() if item[0] not in SWEPT)
         alone = number if record.get("kind") != "bench" else -1
-        groups.setdefault((alone, clean(record.get("kind")), clean(record.get("bundle") or "BUNDLE"), rest), []).append(own)
+        groups.setdefault((alone, _verb(record), clean(record.get("bundle") or "BUNDLE"), rest), []).append(own)
     lines: list[str] = []
-    for (number, kind, bundle, rest), members in groups.items():
+    for (number, verb, bundle, rest), members in groups.items():
+        kind = verb[-1]
         lists = [list(dict.fromkeys(one.get(option, DEFAULTS[option[2:]]) for one in members)) for option in SWEPT]
         pairs = list(dict.fromkeys(tuple(one.get(option, DEFAULTS[option[2:]]) for option in SWEPT) for one in members))
         whole = [lists] if len(pairs) == len(list(product(*lists))) else [[[value] for value in pair] for pair in pairs]
-        more = _evaluated(records[number]) if kind == "eval" else []
+        more = _evaluated(records[number]) if kind == "eval" else _compared(records[number]) if kind == "diff" else []
+        reference = [clean(text(mapping(records[number], "diff"), "reference_bundle") or "FULL")] if kind == "diff" else []
         for values in whole:
             sweep = [part for option, some in zip(SWEPT, values, strict=True) for part in _swept(option, some)]
-            parts = ["edgeml", kind, bundle, *NEEDS.get(kind, []), *(part for item in rest for part in item), *sweep, *more]
+            parts = ["edgeml", *verb, *reference, bundle, *NEEDS.get(kind, []), *(part for item in rest for part in item), *sweep, *more]
             lines.append(" ".join(map(shlex.quote, [*parts, "--records", "records.jsonl"])))
     return list(dict.fromkeys(lines))
+
+
+def _verb(record: Record) -> tuple[str, ...]:
+    """The command's name; of one that ran on another machine, or under a device's limits, as `edgeml device` has it."""
+    kind, run = clean(record.get("kind")), mapping(record, "device_run")
+    if kind == "device":
+        return ("device", "run", "--device", clean(text(run, "profile") or "DEVICE"), "--emulate")
+    return ("device", kind) if text(record, "to") else (kind,)
 
 
 def _swept(option: str, values: Sequence[str]) -> list[str]:
@@ -63,9 +73,12 @@ def _swept(option: str, values: Sequence[str]) -> list[str]:
 
 
 def _options(record: Record) -> dict[str, str]:
+    if record.get("kind") == "diff":  # it has everything in memory
+        return {f"--{key}": clean(record[key]) for key in ("variant", "threads") if record.get(key) is not None}
     own = {f"--{key.replace('_', '-')}": clean(record[key]) for key in OPTIONS if record.get(key) not in (None, DEFAULTS.get(key))}
-    rounds = figure(record, "rounds")
-    return own | ({"--iterations": f"{rounds:.0f}"} if record.get("kind") == "bench" and rounds else {})
+    rounds, to = figure(record, "rounds"), text(record, "to")
+    own |= {"--to": clean(to)} if to else {}
+    return own | ({"--iterations": f"{rounds:.0f}"} if record.get("kind") in ("bench", "device") and rounds else {})
 
 
 def _evaluated(record: Record) -> list[str]:
@@ -76,6 +89,17 @@ def _evaluated(record: Record) -> list[str]:
         parts += ["--also", _also(one, record)]
     seen = items(document, "domains_seen")
     return parts + (["--domains-seen", ",".join(clean(name) for name in seen)] if seen else [])
+
+
+def _compared(record: Record) -> list[str]:
+    """What a diff ran on, and the variant of its reference."""
+    document = mapping(record, "diff")
+    variant, split, limit = text(document, "reference_variant"), text(document, "split"), figure(document, "limit")
+    parts = ["--reference-variant", clean(variant)] if variant else []
+    if split is None:
+        given = ["--image", "FILE"] if document.get("images") is True else ["--text", "TEXT"]
+        return [*parts, "--task", ",".join(clean(task) for task in items(document, "tasks")), *given]
+    return [*parts, "--data", "DATA", "--split", clean(split), *(["--limit", f"{limit:.0f}"] if limit is not None else [])]
 
 
 def _also(one: Mapping[str, Any], record: Record) -> str:

@@ -153,6 +153,7 @@ def _parts(record: Record) -> list[str]:
         f"arm {clean(record['arm'])}" if text(record, "arm") else "",
         clean(text(record, "backend") or ""),
         clean(text(record, "device.board") or text(record, "device.cpu") or ""),
+        f"on {clean(record['to'])}" if text(record, "to") else "",
     ]
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from edgeml_report import quality, speed
+from edgeml_report import diff_section, quality, speed
 from edgeml_report.content import Cell, Column, Document, Section, Table, Tile
+from edgeml_report.devices import devices
 from edgeml_report.reproduce import reproduce
 from edgeml_report.runs import Quality, Record, documents, figure, labels, mapping, qualities, quality_of, text, weights_of
 from edgeml_report.text import UNMEASURED, clean, interval, listed, mib, milliseconds, named, percent, plural, size
@@ -37,11 +38,12 @@ def document(records: Sequence[Record]) -> Document:
         quality.tradeoffs(records, scored),
         quality.domains(scored, records),
         quality.indices(scored, records),
-        quality.lost(records),
+        diff_section.lost(records),
         speed.latency(records),
         speed.paging(records),
         speed.memory(records),
         speed.experts(records),
+        devices(records),
         _environment(records),
         reproduce(records),
     ]
@@ -188,7 +190,7 @@ def _figures(records: Sequence[Record]) -> Iterator[dict[str, Any]]:
     for place, record in enumerate(records, 1):
         head = {
             "record": place,
-            **{key: record.get(key) for key in ("kind", "bundle", "bundle_id", "residency", "memory_budget_bytes", "threads")},
+            **{key: record.get(key) for key in ("kind", "bundle", "bundle_id", "residency", "memory_budget_bytes", "threads", "to")},
         }
         for metric, found in _leaves(record, ""):
             if metric not in ("schema", "memory_budget_bytes", "threads"):

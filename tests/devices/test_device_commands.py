@@ -18,8 +18,9 @@ from edgeml_devices.commands import run as run_module
 from edgeml_devices.emulate import Emulation, Limits
 from edgeml_devices.library import profiles
 
+from edgeml.cli import main
 from edgeml.device import Figure, parse_profile, write_profile
-from edgeml.errors import EdgemlError, UsageError
+from edgeml.errors import DeviceError, UsageError
 from edgeml.made import make_cnn, make_mixture
 
 
@@ -105,17 +106,25 @@ def test_run_under_limits(place: Path) -> None:
     assert call("run", place / "toy.edgeml", *BENCH, *asked).startswith("weather")
 
 
-def test_a_failing_child_hands_its_code_on(place: Path) -> None:
-    with pytest.raises(EdgemlError, match="ended with code 2") as raised:
-        call("run", place / "toy.edgeml", *BENCH, "--command", "run", "--", "--task", "none", "--text", "x")
-    assert raised.value.exit_code == 2
+def test_a_failing_child_hands_its_code_on_and_speaks_for_itself(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    asked = ["device", "run", str(place / "toy.edgeml"), *BENCH, "--quiet", "--command", "run", "--", "--task", "none", "--text", "x"]
+    assert main(asked) == 2
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "has no task 'none'" in said[0]
+    assert main([*asked[:3], *BENCH, "--", "--tsak", "none"]) == 2
+    assert capfd.readouterr().err.startswith("edgeml: No such option"), "before anything is measured"
     with pytest.raises(UsageError, match="--emulate"):
         call("run", place / "toy.edgeml", "--device", "raspberry-pi-4")
 
 
 def test_a_killed_child_says_why() -> None:
-    assert "more memory than the device has" in run_module._killed(-9, Limits(1, None, None, Path()))
-    assert run_module._killed(1, Limits(1, None, None, Path())) == ""
+    capped, free = (Limits(cap, None, None, Path()) for cap in (1, None))
+    assert run_module._ended("bench", 3, capped) == 3
+    with pytest.raises(DeviceError, match=r"killed by signal 9 .*more memory than the device has"):
+        run_module._ended("bench", -9, capped)
+    with pytest.raises(DeviceError, match=r"killed by signal 9 under these limits$"):
+        run_module._ended("bench", 137, free)
 
 
 def test_scaling_leaves_the_waiting_alone() -> None:

@@ -41,6 +41,7 @@ def test_values_stay_what_they_were() -> None:
 
 
 def test_bundles_of_one_name_and_of_variants(tmp_path: Path) -> None:
+    (tmp_path / "task.json").write_text("{}")
     packed = unpack(
         "eval",
         ["a/m.edgeml", "--data", str(tmp_path), "--reference", "b/m.edgeml", "--also", "c=a/m.edgeml,memory=5%", "--also", "d,memory=9%"],
@@ -70,6 +71,7 @@ def test_what_a_command_does_not_know_is_told_before_anything_is_connected(capfd
         (["run", "m.edgeml", "--to", "local", "--to", "pi", "-o", "map.png"], 2, "would be written by several devices"),
         (["serve-stdin", "m.edgeml", "--to", "local", "--to", "pi"], 2, "serve-stdin answers from one device"),
         (["run", "m.edgeml"], 2, "say where"),
+        (["run", "m.edgeml", "--to", "local", "--device", "raspberry-pi-4", "--emulate"], 2, "give one of them"),
         (["bench", "m.edgeml"], 2, "--to"),
         (["push", "--to", "local", "--verify"], 2, "--verify is about a bundle"),
     ],
@@ -135,6 +137,12 @@ def test_a_folder_of_data_is_evaluated_there(local_far: Far, toy: Path, tmp_path
         assert answers.read_text().count("\n") > 12
     with pytest.raises(DataError):
         unpack("eval", ["m.edgeml", "--data", str(tmp_path / "none")], False)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match="there is no file in it"):
+        unpack("eval", ["m.edgeml", "--data", str(tmp_path / "folder")], False)
+    (tmp_path / "folder" / "notes.txt").write_text("nothing to learn from")
+    assert main(["device", "eval", str(toy), *local_far.arguments, "--data", str(tmp_path / "folder")]) == 3
+    assert f"edgeml: {tmp_path}/folder: no task.json" in capfd.readouterr().err, "by its name here"
 
 
 def test_requests_on_standard_input(local_far: Far, toy: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

@@ -106,10 +106,11 @@ def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_environment_of_install_comes_first() -> None:
-    line = start_line(connect("local"), None, "/x", 5)
+    line = start_line(connect("pi"), None, "/x", 5)
     assert line.startswith('r=/x; [ -x "$r/venv/bin/python" ] && p="$r/venv/bin/python" || p=python3; exec "$p" -c ')
     line = start_line(connect("local"), "my python", "/x", 5)
     assert line.startswith("r=/x; p='my python'; exec ")
+    assert f"p={sys.executable}" in start_line(connect("local"), None, "/x", 5), "another python3 may have no edgeml"
 
 
 def test_a_folder_that_others_can_write(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -118,13 +119,14 @@ def test_a_folder_that_others_can_write(tmp_path: Path, capfd: pytest.CaptureFix
     code, said = told(sshd.far_python(tmp_path), tmp_path / "open", capfd)
     assert code == 4
     assert "can be written by others than this user; name another folder with --remote-dir" in said
+    assert (tmp_path / "open").is_dir(), "it was there before us"
 
 
 def test_a_folder_that_cannot_be(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     code, said = told(sshd.far_python(tmp_path), tmp_path / "file" / "there", capfd)
     assert code == 4
-    assert "Not a directory" in said
+    assert "Not a directory; name another folder with --remote-dir" in said
 
 
 @pytest.fixture

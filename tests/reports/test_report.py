@@ -222,12 +222,29 @@ def test_what_only_allows_some_experts_is_neither_timed_nor_weighed_and_the_refe
 
 
 def test_a_difference_says_which_part_lost_it() -> None:
-    parts = [{"name": "layers.0", "kind": "site", "error": 0.013, "gain": 0.004}, {"name": "head", "kind": "stage", "error": None}]
-    made = document([reported.settings("diff") | {"diff": {"parts": parts}}])
+    site = {"name": "layers.0", "kind": "experts", "alone_error": 0.0131, "error": 0.02, "state_error": 0.01, "same_choices": 0.998}
+    heads = {"name": "heads", "kind": "head", "same": True, "error": 0.03, "gain": None}
+    parts = [site | {"restored_error": 0.011, "gain": reported.interval(0.004, 0.003, 640)}, heads]
+    about = {"reference_bundle": "full.edgeml", "error": 0.03, "worst": "layers.0", "split": "validation", "limit": 64}
+    made = document([reported.settings("diff") | {"diff": about | {"parts": parts}}])
     written = to_markdown(made).replace("\u00a0", " ")
-    assert "| layers.0 (site) | 1.3 % | +0.4 points |" in written
-    assert "| head (stage) | not measured | not measured |" in written
+    assert "| layers.0 (the state is 1.00 % off, 99.8 % of the choices are the same) | 1.31 % | 2.00 % | 1.10 % |" in written
+    assert "| 1.10 % | +0.4 points (+0.1 to +0.7) |" in written
+    assert "| heads | same | 3.00 % | \u2013 | \u2013 |" in written
+    assert "Most is lost in layers.0: restored alone, it leaves 1.10 % and gains +0.4 points." in written
+    assert "edgeml diff full.edgeml small.edgeml --threads 2 --data DATA --split validation --limit 64" in written
     check_page(to_html(made))
+
+
+def test_a_difference_of_nonsense_is_shown_as_far_as_it_goes() -> None:
+    for parts in (
+        [{}],
+        [None, 3],
+        [{"name": "<b>", "error": "x", "state_error": [1], "alone_error": True}],
+        "abc",
+        [{"kind": "layer"}] * 4,
+    ):
+        check_page(to_html(document([reported.settings("diff") | {"diff": {"parts": parts, "worst": 3, "why": "<i>"}}])))
 
 
 def test_transfer_says_what_interferes_and_what_is_undefined(page: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from edgeml_devices.fit import fit_bundle
 from hypothesis import given
 from hypothesis import strategies as st
+from native_case import EXPERTS, HIDDEN, SITES, make_case
 
 from edgeml.bundle import Bundle
 from edgeml.device import FIGURES, Figure, Profile, parse_profile, read_profile, write_profile
@@ -20,6 +22,7 @@ from edgeml.graph_cost import graph_cost
 from edgeml.layout import WeightType
 from edgeml.made import TOY, make_cnn, make_mixture
 from edgeml.manifest import load_manifest
+from edgeml.native import Context
 from edgeml.predict import STRUCTURE, page_seconds, routing_of
 from edgeml.predict_pages import Medium, Pager, draw_choices, inclusion
 from edgeml.session import open as open_session
@@ -169,17 +172,50 @@ def test_what_does_not_fit_is_read_again_and_waited_for() -> None:
     assert pager.held == 1
 
 
-def test_the_played_pager_reads_about_as_much_as_the_real_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("slots", [5, 8, 12])
+def test_the_played_pager_is_the_real_one(slots: int, tmp_path: Path) -> None:
+    """Without reading ahead nothing depends on time: every request finds and misses as many pages."""
+    case, rng, chance = make_case(tmp_path), np.random.default_rng(3), np.array([8, 5, 3, 2, 1, 1, 0.5, 0.5]) / 21
+    asked = [[sorted(rng.choice(EXPERTS, 3, replace=False, p=chance)) for _ in range(SITES)] for _ in range(48)]
+    every = [[site * EXPERTS + expert for expert in range(EXPERTS)] for site in range(SITES)]
+    played = Pager(SITES, slots, Medium(1.0, 0.5), ahead=0)
+    with case.open(slots=slots, ahead=0) as context:
+        for row in asked:
+            said = played.request([{site * EXPERTS + e: 1e-6 for e in used} for site, used in enumerate(row)], every, 0.0, 0.0)
+            with context.request() as request:
+                for site, used in enumerate(row):
+                    context.experts(site, np.ones((1, HIDDEN), np.float32), np.array([used]), np.ones((1, 3), np.float32))
+            assert (said.hits, said.misses) == (request.hits, request.misses)
+            assert said.read == said.misses
+    assert played.held == slots
+
+
+def test_a_prediction_misses_about_as_often_as_a_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From usage to misses. What is read ahead is there in time or not, as the machine has it at that moment: so the session's
+    misses lie between what is played for a medium that answers at once and one that is always late, and are met without it."""
     path = tmp_path / "m.edgeml"
     make_mixture(path, layers=4, experts=16, hidden=64, top_k=2, vocabulary=256)
-    ids = np.random.default_rng(5).integers(0, 256, (24, 1, 32))
-    with open_session(path, memory="25%", threads=1) as session:
-        task = "weather"
-        done = [session.run(task, arrays={"ids": row}).counters for row in ids][8:]
-        measured = sum(one.hits + one.misses for one in done) / len(done), sum(one.misses for one in done) / len(done)
-        prediction = fit_bundle(session.bundle, session.manifest, profile(), task=task, memory="25%", tokens=32, threads=1).prediction
-    assert prediction.hits + prediction.misses == pytest.approx(measured[0], rel=0.2)
-    assert prediction.misses == pytest.approx(measured[1], rel=0.35)
+    ids, reads = np.random.default_rng(5).integers(0, 256, (24, 1, 32)), ("storage__4k_qd1_bytes_per_s", "storage__1m_qd1_bytes_per_s")
+
+    def measured() -> tuple[float, float]:
+        with open_session(path, memory="25%", threads=1) as session:
+            done = [session.run("weather", arrays={"ids": row}).counters for row in ids][8:]
+        return sum(one.hits + one.misses for one in done) / len(done), sum(one.misses for one in done) / len(done)
+
+    def predicted(bytes_per_s: float) -> tuple[float, float]:
+        with Bundle.open(path) as bundle:
+            device = profile(**dict.fromkeys(reads, bytes_per_s))
+            found = fit_bundle(bundle, load_manifest(bundle), device, task="weather", memory="25%", tokens=32, threads=1).prediction
+        return found.hits + found.misses, found.misses
+
+    asked, missed = measured()
+    (_, at_once), (wanted, late) = predicted(1e11), predicted(1e5)
+    assert wanted == pytest.approx(asked, rel=0.1)
+    assert at_once < 0.7 * late, "reading ahead is worth something where the medium is quick"
+    assert 0.9 * at_once < missed < 1.1 * late
+    monkeypatch.setitem(Context.__init__.__kwdefaults__, "ahead", 0)
+    monkeypatch.setattr("edgeml.predict.Pager", partial(Pager, ahead=0))
+    assert predicted(1e5)[1] == pytest.approx(measured()[1], rel=0.1)
 
 
 # ---- sums ----

@@ -40,6 +40,7 @@ def main() -> int:
         build(python, work / f"sdk-{machine}", args.out.resolve() / f"{machine}-linux", toolchain)
     if ndk:
         android = {"CMAKE_TOOLCHAIN_FILE": file, "ANDROID_ABI": ANDROID_ABI, "ANDROID_PLATFORM": ANDROID_PLATFORM}
+        android["ANDROID_SUPPORT_FLEXIBLE_PAGE_SIZES"] = "ON"  # memory pages of 16 KiB too
         build(python, work / "sdk-android", args.out.resolve() / f"{ANDROID_ABI}-android", android)
     else:
         print("edgeml: nothing made for Android: no NDK is here; name its folder with ANDROID_NDK_HOME", file=sys.stderr)

@@ -22,15 +22,20 @@ import click
 import edgeml
 from edgeml.bundle import Bundle
 from edgeml.commands._options import Function, json_option, notes, printable, progress, quiet_option, records_option
+from edgeml.device import Profile
 from edgeml.errors import DeviceError, EdgemlError, UsageError
 from edgeml.records import append
 from edgeml.sizes import format_bytes
+from edgeml_devices.commands.probe import measured as measured_here
 from edgeml_devices.delivery import Delivery, unpack
+from edgeml_devices.expected import expected, sentence
 from edgeml_devices.fleet import Outcome, Speaker, on_all, pushed, table
+from edgeml_devices.library import find
 from edgeml_devices.remote import Copied, Remote, check_wheel, connect
 
 __all__ = ["bench", "clean", "evaluate", "profile", "push", "run", "serve"]
 
+PREDICT = "Beside each row what is predicted for it: a name of edgeml device list, or a file of edgeml device probe."
 WHERE = "user@host[:port] or a name of ~/.ssh/config, adb:SERIAL, or local; may be repeated."
 
 
@@ -40,7 +45,7 @@ def where_options(command: Function) -> Function:
         click.option(
             "--remote-dir", help="Folder of edgeml's things there (default: ~/.cache/edgeml-device; by adb /data/local/tmp/edgeml)."
         ),
-        click.option("--remote-python", help="Python there (default: that of --install, or else python3)."),
+        click.option("--remote-python", help="Python there (default: that of --install, or else python3; of local, this one)."),
         click.option("--to", "places", multiple=True, required=True, metavar="MACHINE", help=WHERE),
     ):
         command = option(command)
@@ -134,6 +139,11 @@ def _verb(name: str, says: str, example: str) -> click.Command:
     def command(places: tuple[str, ...], remote_python: str | None, remote_dir: str | None, **options: Any) -> int:
         return deliver(name, far=_machines(places, remote_python, remote_dir, options["install"] is not None), **options)
 
+    for parameter in command.params:
+        if isinstance(parameter, click.Option) and parameter.name == "records_file":
+            parameter.hidden = name in ("run", "serve-stdin")  # which have none, and say so
+    if name == "bench":
+        command.params.insert(1, click.Option(["--predict"], metavar="DEVICE", help=PREDICT))
     return command
 
 
@@ -148,7 +158,7 @@ def _help(name: str, says: str, example: str) -> str:
 
 bench = _verb("bench", "Measure on a device.", "edgeml device bench model.edgeml --to pi4 --to pi5 --task mood --memory 25%,100%")
 evaluate = _verb("eval", "Scores of a device's own answers.", "edgeml device eval model.edgeml --to pi@garden --data data/text --limit 100")
-profile = _verb("profile", "Where the time goes on a device.", "edgeml device profile model.edgeml --to pi@garden --task mood")
+profile = _verb("profile", "Where time goes on a device.", "edgeml device profile model.edgeml --to pi@garden --task mood --trace t.json")
 serve = _verb("serve-stdin", "Answer JSON lines on a device.", "edgeml device serve-stdin model.edgeml --to pi@garden < requests.jsonl")
 answer = _verb("run", "Answer on a device.", 'edgeml device run model.edgeml --to pi@garden --task mood --text "what a day"')
 
@@ -157,9 +167,12 @@ class _Run(click.Command):
     """`run` is two commands: with --to it answers there, with --device and --emulate here, under that device's limits."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any) -> click.Context:
-        if any(argument == "--to" or argument.startswith("--to=") for argument in args):
+        there, here = (any(argument == name or argument.startswith(f"{name}=") for argument in args) for name in ("--to", "--device"))
+        if there and here:
+            raise UsageError("--to answers on another machine, --device under a device's limits here: give one of them")
+        if there:
             return answer.make_context(info_name, args, parent, **extra)
-        if any(argument == "--device" or argument.startswith("--device=") for argument in args):
+        if here:
             emulated: click.Command = importlib.import_module("edgeml_devices.commands.run").command
             return emulated.make_context(info_name, args, parent, **extra)
         return super().make_context(info_name, args, parent, **extra)
@@ -186,12 +199,14 @@ def deliver(
     install: Path | None = None,
     keep: bool = False,
     records_file: Path | None = None,
+    predict: str | None = None,
     quiet: bool = False,
     as_json: bool = False,
 ) -> int:
     """Run a command of the runtime on every machine of `far`, with its files; returns the worst exit code.
 
-    One machine's output is shown as it comes; several ones' as one table. Raises `EdgemlError` of what is wrong here, or with the one.
+    One machine's output is shown as it comes; several ones' as one table. `predict` names the profile whose prediction goes into every
+    record. Raises `EdgemlError` of what is wrong here, or with the one machine.
     """
     several = len(far) > 1
     packed = unpack(verb, arguments, several)
@@ -199,14 +214,24 @@ def deliver(
         raise UsageError("serve-stdin answers from one device; name one")
     if records_file is not None and not packed.records:
         raise UsageError(f"edgeml {verb} writes no records; bench, eval and profile do")
+    profile = None if predict is None else find(predict, lambda: measured_here(Path.cwd(), quiet))
     packed.arguments += ["--quiet"] if quiet else []
     shown = not (several or as_json) or not packed.json  # as the command itself shows it
     packed.arguments += [] if shown else ["--json"]
     with ExitStack() as stack:
         bundles = [(stack.enter_context(Bundle.open(source)), place) for source, place in packed.bundles]
-        job = _Job(packed, bundles, install, keep, records_file, quiet, shown, Speaker(several))
+        job = _Job(packed, bundles, install, keep, records_file, profile, quiet, shown, Speaker(several))
         outcomes = on_all(far, job.work)
-    return _told(outcomes, as_json and packed.json, lambda: () if shown else table(verb, outcomes))
+    return _told(outcomes, as_json and packed.json, lambda: [*(() if shown else table(verb, outcomes)), *_predicted(outcomes)])
+
+
+def _predicted(outcomes: Sequence[Outcome]) -> Iterable[str]:
+    """A line for each record that has a prediction, in the order of the rows."""
+    for outcome in outcomes:
+        for record in outcome.records:
+            if "device_run" in record:
+                memory = f", {record['memory']}" if record.get("memory") else ""
+                yield printable(f"{outcome.to}{memory}: {sentence(record['device_run']['predicted'])}")
 
 
 class _Job:
@@ -219,12 +244,13 @@ class _Job:
         install: Path | None,
         keep: bool,
         records_file: Path | None,
+        profile: Profile | None,
         quiet: bool,
         shown: bool,
         speaker: Speaker,
     ) -> None:
         self._packed, self._bundles, self._install, self._keep = packed, bundles, install, keep
-        self._records_file, self._quiet, self._shown, self._speaker = records_file, quiet, shown, speaker
+        self._records_file, self._profile, self._quiet, self._shown, self._speaker = records_file, profile, quiet, shown, speaker
         self._writing = threading.Lock()
         self._given = sys.stdin.buffer.read() if any(str(source) == "-" for source, _ in packed.sent) else b""
         self._columns = shutil.get_terminal_size().columns if sys.stderr.isatty() and not speaker.several else None
@@ -249,22 +275,31 @@ class _Job:
 
     def _run(self, remote: Remote, outcome: Outcome) -> int:
         def record(measured: dict[str, Any]) -> None:
-            outcome.records.append(measured | {"to": remote.name})
+            outcome.records.append(measured | {"to": remote.name} | self._beside(measured))
             if self._records_file is not None:
                 with self._writing:
                     append(self._records_file, outcome.records[-1])
 
         said: list[str] = []
-        wanted = record if self._packed.records and (self._speaker.several or self._records_file is not None) else None
+        asked = self._speaker.several or self._records_file is not None or self._profile is not None
+        wanted = record if self._packed.records and asked else None
         source = sys.stdin if self._packed.arguments[0] == "serve-stdin" else ()
         out = (lambda text: click.echo(text, nl=False)) if self._shown else said.append
-        code = remote.command(self._packed.arguments, out, self._speaker.err(remote.name), wanted, self._columns, source)
+        say = self._speaker.err(remote.name)
+        code = remote.command(self._packed.arguments, out, lambda text: say(self._packed.as_here(text)), wanted, self._columns, source)
         if text := "".join(said).strip():
             try:
                 outcome.document = json.loads(text)
             except ValueError:
                 raise DeviceError(f"{remote.name}: edgeml {self._packed.arguments[0]} printed no document there: {text[:100]}") from None
         return code
+
+    def _beside(self, measured: dict[str, Any]) -> dict[str, Any]:
+        """What is predicted for a record, where that is asked for and its bundle is here."""
+        bundle = next((bundle for bundle, _ in self._bundles if bundle.id == measured.get("bundle_id")), None)
+        if self._profile is None or bundle is None:
+            return {}
+        return {"device_run": {"predicted": expected(bundle, self._profile, measured)}}
 
 
 def _machines(places: Sequence[str], python: str | None, folder: str | None, own_first: bool = False) -> list[Remote]:

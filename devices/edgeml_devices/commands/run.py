@@ -7,23 +7,28 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from edgeml.bundle import Bundle
-from edgeml.commands._options import bundle_argument, json_option, notes, quiet_option
+from edgeml.commands._options import bundle_argument, json_option, notes, quiet_option, records_option
 from edgeml.device import Profile
-from edgeml.errors import DeviceError, EdgemlError, UsageError
+from edgeml.errors import DeviceError, UsageError
 from edgeml.manifest import load_manifest
 from edgeml.measure import environment
+from edgeml.records import append
 from edgeml_devices.commands.probe import measured
+from edgeml_devices.delivery import unpack
 from edgeml_devices.emulate import Emulation, Limits, emulated
-from edgeml_devices.library import find
+from edgeml_devices.expected import expected
+from edgeml_devices.library import HOST, find
 
 #: Figures whose ratio, this machine's to the device's, says how much slower its processor is; those of a sort count together.
 _SCALED = ("kernels.int8_macs_per_s", "kernels.int4_macs_per_s", "graphs.matmul_macs_per_s", "graphs.values_per_s")
+_ON_IMAGES = ("graphs.conv_macs_per_s", "graphs.conv_int8_macs_per_s")
 
 
 @click.command("run", context_settings={"ignore_unknown_options": True})
@@ -33,11 +38,20 @@ _SCALED = ("kernels.int8_macs_per_s", "kernels.int4_macs_per_s", "graphs.matmul_
 @click.option("--emulate", is_flag=True, help="Run here, under the device's limits.")
 @click.option("--command", "verb", default="bench", show_default=True, type=click.Choice(["run", "bench"]), help="What is run.")
 @click.option("--here", type=click.Path(), help="This machine's profile (edgeml device probe -o FILE), to scale by without measuring.")
+@records_option
 @quiet_option
 @json_option
 def command(
-    bundle: str, arguments: tuple[str, ...], device: str, emulate: bool, verb: str, here: str | None, quiet: bool, as_json: bool
-) -> None:
+    bundle: str,
+    arguments: tuple[str, ...],
+    device: str,
+    emulate: bool,
+    verb: str,
+    here: str | None,
+    records_file: Path | None,
+    quiet: bool,
+    as_json: bool,
+) -> int:
     """Run a bundle in a child process with the device's memory, read rate and cores. The processor's speed is scaled, not emulated.
 
     What follows the bundle, or --, goes to edgeml bench (or run). Limits that cannot be set here are named, and left out.
@@ -46,13 +60,14 @@ def command(
     """
     if not emulate:
         raise UsageError("say where: --emulate runs here under the device's limits")
+    if records_file is not None and verb != "bench":
+        raise UsageError("edgeml run writes no records; leave --records out, or --command")
+    unpack(verb, [bundle, *arguments], False)  # what is wrong with the question is told before anything is measured
     profile = find(device, lambda: measured(Path.cwd(), quiet))
     with Bundle.open(bundle) as opened:
         load_manifest(opened)
         os.posix_fadvise(opened.fd, 0, 0, os.POSIX_FADV_DONTNEED)  # what others have cached would not count for the child
-    own = None
-    if verb == "bench":
-        own = find(here, lambda: measured(Path.cwd(), quiet)) if here is not None else measured(Path.cwd(), quiet)
+    own = find(here or HOST, lambda: measured(Path.cwd(), quiet)) if verb == "bench" else None
     limits = _limits(profile, Path(bundle).absolute().parent)
     with emulated(limits) as emulation:
         notes([f"held: {line}" for line in emulation.held] + [f"not held: {line}" for line in emulation.not_held], quiet)
@@ -62,14 +77,16 @@ def command(
     if verb == "run" and not as_json:
         click.echo(output, nl=False)
     if code:
-        error = EdgemlError(f"edgeml {verb} ended with code {code} under these limits" + _killed(code, limits))
-        error.exit_code = code if 0 < code < 128 else 4
-        raise error
-    document = _document(profile, own, emulation, peak, json.loads(output) if as_json or verb == "bench" else {})
+        return _ended(verb, code, limits)
+    document = _document(bundle, profile, own, emulation, peak, json.loads(output) if as_json or verb == "bench" else {})
+    if records_file is not None:
+        for record in _records(document):
+            append(records_file, record)
     if as_json:
         click.echo(json.dumps(document, allow_nan=False))
     elif verb == "bench":
         _print(document)
+    return 0
 
 
 def _limits(profile: Profile, folder: Path) -> Limits:
@@ -105,30 +122,51 @@ def _homes() -> list[str]:
     return [str(Path(edgeml.__file__).parents[1])]
 
 
-def _killed(code: int, limits: Limits) -> str:
-    if code not in (-9, 137) or limits.memory_bytes is None:
-        return ""
-    return ": it was killed, most likely because it needed more memory than the device has; give --memory, or see edgeml device predict"
+def _ended(verb: str, code: int, limits: Limits) -> int:
+    """The exit code of a command that has told why it ended; raises `DeviceError` for one that was killed."""
+    if 0 < code < 128:
+        return code
+    why = ": most likely it needed more memory than the device has; give --memory, or see edgeml device predict"
+    why = why if code in (-9, 137) and limits.memory_bytes is not None else ""
+    raise DeviceError(f"edgeml {verb} was killed by signal {-code if code < 0 else code - 128} under these limits{why}")
 
 
-def _document(profile: Profile, own: Profile | None, emulation: Emulation, peak: int | None, said: dict[str, Any]) -> dict[str, Any]:
+def _document(
+    bundle: str, profile: Profile, own: Profile | None, emulation: Emulation, peak: int | None, said: dict[str, Any]
+) -> dict[str, Any]:
+    records = said.get("records", [])
+    on_images = any("image" in record["workload"]["kind"] for record in records)
+    by = None if own is None else scale(own, profile, _ON_IMAGES if on_images else _SCALED)
     document: dict[str, Any] = {
         "device": profile.name,
         "held": emulation.held,
         "not_held": emulation.not_held,
         "group_peak_bytes": peak,
-        "scale": None if own is None else scale(own, profile),
+        "scale": None if by is None else by | {"n": None},
         "measured": said,
         "scaled": None,
+        "predicted": None,
     }
     if own is not None:
-        document["scaled"] = [_scaled(record, document["scale"]) for record in said.get("records", [])]
+        document["scaled"] = [_scaled(record, by) for record in records]
+        with Bundle.open(bundle) as opened:
+            document["predicted"] = [expected(opened, profile, record) for record in records]
     return document
 
 
-def scale(own: Profile, device: Profile) -> dict[str, float] | None:
-    """How many times slower the device computes than this machine: the geometric mean over `_SCALED`, and its range."""
-    pairs = [(own.figures[key], device.figures[key]) for key in _SCALED if key in own.figures and key in device.figures]
+def _records(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Records of kind device: what was measured here under the limits, with them, the scaled latency and the prediction."""
+    run = {"profile": document["device"], "emulated": True}
+    run |= {key: document[key] for key in ("held", "not_held", "group_peak_bytes", "scale")}
+    return [
+        record | {"kind": "device", "device_run": run | {"scaled_latency_s": scaled, "predicted": predicted}}
+        for record, scaled, predicted in zip(document["measured"]["records"], document["scaled"], document["predicted"], strict=True)
+    ]
+
+
+def scale(own: Profile, device: Profile, keys: Sequence[str] = _SCALED) -> dict[str, float] | None:
+    """How many times slower the device computes than this machine: the geometric mean over `keys`, and its range."""
+    pairs = [(own.figures[key], device.figures[key]) for key in keys if key in own.figures and key in device.figures]
     if not pairs:
         return None
 
@@ -157,13 +195,17 @@ def _scaled(record: dict[str, Any], by: dict[str, float] | None) -> dict[str, An
 def _print(document: dict[str, Any]) -> None:
     records = document["measured"]["records"]
     click.echo(f"{records[0]['bundle']} under the limits of {document['device']}; processor scaled by {_by(document['scale'])}")
-    click.echo("  memory   threads   measured p50   scaled p50 (range)")
-    for record, scaled in zip(records, document["scaled"], strict=True):
+    click.echo(f"  memory   threads   measured p50   {'scaled p50 (range)':<28} predicted (range)")
+    for record, scaled, predicted in zip(records, document["scaled"], document["predicted"], strict=True):
         p50 = record["latency_s"]["p50"]
-        there = "-" if scaled is None else f"{scaled['value'] * 1e3:.3g} ms ({scaled['low'] * 1e3:.3g} to {scaled['high'] * 1e3:.3g})"
-        click.echo(f"  {record['memory']:>6} {record['threads']:>9}   {p50 * 1e3:9.3g} ms   {there}")
+        there = f"{_ms(scaled):<28} " + (f"({predicted['why']})" if predicted["why"] else _ms(predicted["latency_s"]))
+        click.echo(f"  {record['memory'] or '-':>6} {record['threads']:>9}   {p50 * 1e3:9.3g} ms   {there}")
     if document["group_peak_bytes"] is not None:
         click.echo(f"  most memory the group held, cached file pages included: {document['group_peak_bytes'] / (1 << 20):.0f} MiB")
+
+
+def _ms(found: dict[str, Any] | None) -> str:
+    return "-" if found is None else f"{found['value'] * 1e3:.3g} ms ({found['low'] * 1e3:.3g} to {found['high'] * 1e3:.3g})"
 
 
 def _by(scale: dict[str, float] | None) -> str:
