@@ -4,9 +4,10 @@ A stage's graph is loaded when a request first needs it, and its bytes are given
 images get the session's threads, everything else one. Execution is sequential, so a custom operator runs on the thread that called
 `run` and finds its request there. No memory arena: one per graph would keep each graph's largest batch for ever, outside the budget.
 
-Layers take so little time that waking a thread for each costs more than it brings. So onnxruntime's threads spin until the run ends, and
-a trunk's custom operators compute on them too: two pools would take each other's processors. Where experts come from a file the readers
-need those processors, so there threads sleep, and the operators use the context's own.
+A trunk's layers take so little time that waking a thread for each costs more than it brings. So its threads spin until the run ends, and
+its custom operators compute on them too: two pools would take each other's processors. Where experts come from a file the readers need
+those processors, so there threads sleep, and the operators use the context's own. Networks for images gain from spinning only when
+requests follow each other at once, and lose after a pause; theirs sleep.
 """
 
 from __future__ import annotations
@@ -49,11 +50,13 @@ class Graphs:
     """The stages of one open bundle bound to one native context. Safe for several threads."""
 
     def __init__(self, bundle: Bundle, manifest: Manifest, context: native.Context, threads: int, paged: bool = False) -> None:
-        self._bundle, self._context, self._paged = bundle, context, paged
+        self._bundle, self._context = bundle, context
         self._stages: dict[str, Stage] = {stage.name: stage for stage in manifest.stages}
-        busy = (task.stages.names if isinstance(task.stages, ImageStages) else (task.stages.trunk,) for task in manifest.tasks)
-        pages = {self._stages[name].page for names in busy for name in names}  # a trunk that tells its choices is on the trunk's page
-        self._threads = {stage.name: threads for stage in manifest.stages if stage.page in pages}
+        trunks = {self._stages[task.stages.trunk].page for task in manifest.tasks if not isinstance(task.stages, ImageStages)}
+        images = {self._stages[name].page for task in manifest.tasks if isinstance(task.stages, ImageStages) for name in task.stages.names}
+        # By page: a trunk that tells its choices is a stage of its own on the trunk's page.
+        self._threads = {stage.name: threads for stage in manifest.stages if stage.page in trunks | images}
+        self._spinning = {stage.name for stage in manifest.stages if stage.page in trunks and threads > 1 and not paged}
         self._loaded: dict[str, _Graph] = {}
         self._lock = threading.Lock()
         #: For `profile`: called with each stage's name and when it began, on CLOCK_MONOTONIC; and where onnxruntime writes its own.
@@ -115,8 +118,8 @@ class Graphs:
         options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
         options.intra_op_num_threads, options.inter_op_num_threads = self._threads.get(stage.name, 1), 1
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
-        shared = options.intra_op_num_threads > 1 and not self._paged
-        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(shared)))
+        spinning = stage.name in self._spinning
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if self.profile_folder is not None:
             options.enable_profiling, options.profile_file_prefix = True, f"{self.profile_folder}/{len(self._loaded)}"
@@ -131,7 +134,7 @@ class Graphs:
 
                 return SplitGraph(graph, make, context.operator)
             options.add_session_config_entry(CONTEXT_KEY, context.handle)
-            if shared:
+            if spinning:
                 options.add_session_config_entry(THREADS_KEY, "session")
             options.register_custom_ops_library(native.LIBRARY_PATH)
             return make(graph)
