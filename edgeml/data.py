@@ -11,7 +11,7 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,13 @@ __all__ = ["SPLITS", "Columns", "Row", "TableData", "TaskData", "find_tasks", "m
 SPLITS = ("train", "validation", "test")
 METRICS = ("accuracy", "macro_f1")
 LINE_LIMIT = 1 << 20
+
+#: Raises for a text that cannot be answered, given where it stands.
+Check = Callable[[str, str], None]
+
+
+def _unchecked(text: str, where: str) -> None:
+    """Any text."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +53,16 @@ class TaskData:
     licence: str | None
     path: Path
 
-    def rows(self, split: str, limit: int | None = None) -> list[Row]:
-        """All rows of a split, or the first `limit`."""
+    def rows(self, split: str, limit: int | None = None, check: Check = _unchecked) -> list[Row]:
+        """All rows of a split, or the first `limit`. Each text is given to `check`, with where it stands."""
         if split not in SPLITS:
             raise DataError(f"there is no split '{split}': choose one of {', '.join(SPLITS)}")
         for suffix in (".jsonl.gz", ".jsonl"):
             file = self.path / f"{split}{suffix}"
             if file.is_file():
                 rows = []
-                for row in _read_rows(file, len(self.labels), self.pair):
-                    rows.append(row)
+                for document, where in _json_rows(file):
+                    rows.append(_checked(parse_row(document, where, len(self.labels), self.pair), where, check))
                     if limit is not None and len(rows) >= limit:
                         break
                 return rows
@@ -77,7 +84,7 @@ class TableData(TaskData):
 
     columns: Columns = field(default_factory=Columns)
 
-    def rows(self, split: str, limit: int | None = None) -> list[Row]:
+    def rows(self, split: str, limit: int | None = None, check: Check = _unchecked) -> list[Row]:
         """All rows, or the first `limit`. Raises `DataError` naming the line of a label that is none of the task's."""
         index = {label: number for number, label in enumerate(self.labels)}
         found = []
@@ -91,7 +98,7 @@ class TableData(TaskData):
             if type(number) is not int or not 0 <= number < len(self.labels):
                 some = ", ".join(self.labels[:6]) + (" ..." if len(self.labels) > 6 else "")
                 raise DataError(f"{where}: the label {label!r:.60} is none of task '{self.name}'s {len(self.labels)} ({some})")
-            found.append(Row(text, pair if self.pair and isinstance(pair, str) else None, number))
+            found.append(_checked(Row(text, pair if self.pair and isinstance(pair, str) else None, number), where, check))
             if limit is not None and len(found) >= limit:
                 break
         if not found:
@@ -121,7 +128,7 @@ def read_task(path: Path) -> TaskData:
         document = json.loads(file.read_bytes().decode("utf-8"))
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: not a JSON document in UTF-8 ({error})") from error
     try:
         labels = tuple(str(label) for label in document["labels"])
@@ -174,9 +181,10 @@ def majority_label(rows: list[Row]) -> int:
     return min(counts, key=lambda label: (-counts[label], label))
 
 
-def _read_rows(file: Path, classes: int, pair: bool) -> Iterator[Row]:
-    for document, where in _json_rows(file):
-        yield parse_row(document, where, classes, pair)
+def _checked(row: Row, where: str, check: Check) -> Row:
+    for text in (row.text, *([] if row.pair is None else [row.pair])):
+        check(text, where)
+    return row
 
 
 def _json_rows(file: Path) -> Iterator[tuple[Any, str]]:
@@ -224,9 +232,10 @@ def _csv_rows(file: Path, wanted: Sequence[str]) -> Iterator[tuple[dict[str, Any
             reader = csv.DictReader(stream, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
             there = list(reader.fieldnames or ())
             for column in wanted:
-                if column not in there:
+                if there.count(column) != 1:
                     named = ", ".join(map(str, there[:12])) or "none"
-                    raise DataError(f"{file}: no column '{column}'; it has {named}; see --text-column, --pair-column, --label-column")
+                    many = there.count(column) or "no"
+                    raise DataError(f"{file}: {many} column '{column}'; it has {named}; see --text-column, --pair-column, --label-column")
             number = 1
             for document in reader:
                 number = reader.line_num
@@ -235,7 +244,8 @@ def _csv_rows(file: Path, wanted: Sequence[str]) -> Iterator[tuple[dict[str, Any
                 yield document, f"{file}:{number}"
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 after line {number} (byte {error.start}); save the file as UTF-8") from None
+    except UnicodeDecodeError:  # of a block of many lines
+        number = next(number for number, line in _lines(file) if line != line.decode("utf-8", "ignore").encode())
+        raise DataError(f"{file}:{number}: not UTF-8; save the file as UTF-8") from None
     except csv.Error as error:
         raise DataError(f"{file}:{number + 1}: not a row of a table ({error})") from None

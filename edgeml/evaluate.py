@@ -22,6 +22,7 @@ from edgeml.image_data import ImageRows, ImageSet, ImageTask, commonest_label
 from edgeml.manifest import ImageStages, Manifest, Task
 from edgeml.metrics import tally
 from edgeml.predictions import Question
+from edgeml.preprocess import check_text
 from edgeml.router import ResidentSet, share_of, usage_of
 
 __all__ = [
@@ -115,10 +116,11 @@ def tally_maps(task: ImageTask, labels: NDArray[np.uint8], maps: NDArray[Any]) -
 
 def read_labelled(task: TaskData, split: str, limit: int | None) -> tuple[list[Row], int]:
     """The rows to evaluate and the commonest label of the training split. Raises `DataError` for an empty split."""
-    rows = task.rows(split, limit)
-    if not rows:
-        raise DataError(f"{task.path}: the split '{split}' has no rows")
-    return rows, majority_label(task.rows("train"))
+    rows, train = task.rows(split, limit, check_text), task.rows("train")
+    for name, found in ((split, rows), ("train", train)):
+        if not found:
+            raise DataError(f"{task.path}: the split '{name}' has no rows")
+    return rows, majority_label(train)
 
 
 def answer_rows(

@@ -176,6 +176,7 @@ def record(timing: Timing, settings: Mapping[str, Any], kind: str = "run", bundl
         "latency_s": spread(warm.latency_s),
         "tokens_per_s": warm.tokens / seconds if seconds and warm.tokens else None,
         **_quality(warm, settings.get("masked_retention")),
+        "stand_in_share": None,  # only requests with deadlines have one
         **_costs(warm),
         "cold": {"rounds": len(cold.latency_s), "latency_s": spread(cold.latency_s), **_costs(cold)} if cold.latency_s else None,
         "peak_rss_bytes": peak_rss_bytes(),

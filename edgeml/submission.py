@@ -4,11 +4,14 @@ one task are computed together where they fit.
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,10 +60,10 @@ class TextWork:
     def step(self) -> Step | None:
         return Step(*self._left[0][1].ids.shape) if self._left else None
 
-    def take(self, answers: Floats, counters: Counters, row_s: float) -> None:
-        """The answers to the step that came next, and what its batch cost."""
+    def take(self, answers: Floats, counters: Counters, row_s: float) -> int:
+        """Take the answers to the step that came next, the first of these, and what its batch cost; returns how many."""
         rows, batch = self._left.popleft()
-        self._parts.append((rows, answers))
+        self._parts.append((rows, answers[: len(rows)]))
         own = self._result.counters
         own.hits, own.misses = own.hits + counters.hits, own.misses + counters.misses
         own.page_in_bytes, own.page_wait_s = own.page_in_bytes + counters.page_in_bytes, own.page_wait_s + counters.page_wait_s
@@ -69,6 +72,7 @@ class TextWork:
         own.stand_in = counters.stand_in or own.stand_in
         for row in rows:
             self._result.row_s[row] = row_s
+        return len(rows)
 
     def result(self) -> Result:
         values = np.zeros((0, len(self.task.labels)), np.float32)
@@ -162,35 +166,50 @@ class SessionEngine:
         )
 
     def compute(self, works: Sequence[TextWork | ImageWork], used: WorkingSet, paged: Callable[[], None]) -> None:
-        """A step of each. Answers are kept once all of them are there."""
+        """A step of each. Answers are kept once all of them are there.
+
+        Under hybrid residency those that cannot wait are run first, so that the others are not masked for their sake.
+        """
         first = works[0]
         if isinstance(first, ImageWork):
             paged()
             first.run()
             return
         texts = [work for work in works if isinstance(work, TextWork) and work.batch is not None]
-        batches = [work.batch for work in texts if work.batch is not None]
-        counters = Counters()
-        if not batches:  # no texts at all: no answers
+        if not texts:  # no texts at all: no answers
             paged()
             return
-        together = joined(batches)
-        resident = texts[0].leases[used.stand_in] if used.leased else self._in_time(first.task, together, texts)
-        started = time.perf_counter()
-        answers = self._run_batch(first.task, together, resident, counters, paged)
-        row_s = (time.perf_counter() - started) / len(answers)
-        start = 0
-        for work, batch in zip(texts, batches, strict=True):
-            work.take(answers[start : start + len(batch.ids)], counters, row_s)
-            start += len(batch.ids)
+        parts = [(texts[0].leases[used.stand_in], texts)] if used.leased else self._in_time(first.task, texts)
+        found: list[tuple[list[TextWork], Floats, Counters, float]] = []
+        for resident, part in parts:
+            counters, started = Counters(), time.perf_counter()
+            answers = self._run_batch(first.task, _together(part), resident, counters, (lambda: None) if found else paged)
+            found.append((part, answers, counters, (time.perf_counter() - started) / len(answers)))
+        for part, answers, counters, row_s in found:
+            start = 0
+            for work in part:
+                start += work.take(answers[start:], counters, row_s)
 
-    def _in_time(self, task: Task, batch: TextBatch, works: Sequence[TextWork]) -> ResidentSet | None:
-        """Under hybrid residency, the set with which the most pressed of these requests is in time."""
-        deadlines = [work.until for work in works if work.until is not None]
-        if not deadlines:
-            return None
-        return self._residents.pick(task.name, None, max(min(deadlines) - time.monotonic(), 1e-6))(batch)
+    def _in_time(self, task: Task, works: list[TextWork]) -> list[tuple[ResidentSet | None, list[TextWork]]]:
+        """Under hybrid residency: the requests that would be late unmasked, with the set that is in time for the most pressed of them;
+        and those that can wait.
+        """
+        batch, now = _together(works), time.monotonic()
+
+        @cache
+        def masks(until: float | None) -> ResidentSet | None:
+            return None if until is None else self._residents.pick(task.name, None, max(until - now, 1e-6))(batch)
+
+        order = sorted(works, key=lambda work: math.inf if work.until is None else work.until)
+        resident = masks(order[0].until)
+        pressed = 0 if resident is None else bisect_left(order, True, key=lambda work: masks(work.until) is None)
+        return [part for part in ((resident, order[:pressed]), (None, order[pressed:])) if part[1]]
 
     def advise(self, pages: Sequence[int], priority: int, load: bool) -> None:
         """A hint to the pager."""
         self._advise(pages, priority, load)
+
+
+def _together(works: Sequence[TextWork]) -> TextBatch:
+    """The steps of these that come next, as one batch."""
+    return joined([work.batch for work in works if work.batch is not None])

@@ -78,7 +78,8 @@ def _checked(session: Session, data: Mapping[str, Sequence[Row]]) -> tuple[list[
             raise UsageError(f"{where}: task '{task.name}' has no labels on texts, so nothing can be measured on it")
     domains = tuple(sorted({task.domain for task in tasks}))
     if len(domains) < 2:
-        raise UsageError(f"{where}: transfer is between domains, and there is data of {', '.join(domains) or 'none'} only; give two")
+        known = ", ".join(domains) or "none"
+        raise UsageError(f"{where}: transfer is between the bundle's domains, and there is data of {known} only; give two")
     examples = tuple(sum(len(data[task.name]) for task in tasks if task.domain == domain) for domain in domains)
     for domain, count in zip(domains, examples, strict=True):
         if count < FEWEST_EXAMPLES:

@@ -283,5 +283,5 @@ def _length(rng: np.random.Generator, tokens: Mapping[str, Any] | None) -> int:
         return 0
     if tokens["distribution"] == "uniform":
         return int(rng.integers(tokens["least"], tokens["most"] + 1))
-    drawn = tokens["median"] * math.exp(tokens["sigma"] * rng.standard_normal())
-    return int(min(max(round(drawn), tokens["least"]), tokens["most"]))
+    drawn = rng.lognormal(math.log(tokens["median"]), tokens["sigma"])  # infinite, where sigma is very large
+    return int(min(max(drawn, tokens["least"]), tokens["most"]) + 0.5)

@@ -38,9 +38,9 @@ class Other:
 
 def parse_other(text: str) -> Other:
     """`BUNDLE[,KEY=VALUE]...`, or a file of records. Raises `UsageError` for other keys, `DataError` for a file that cannot be read."""
-    path, *changes = text.split(",")
+    path, *changes = [text] if os.path.exists(text) else text.split(",")
     settings = {key.strip(): value.strip() for key, _, value in (change.partition("=") for change in changes)}
-    if any(key not in KEYS or not value for key, value in settings.items()):
+    if len(settings) < len(changes) or any(key not in KEYS or not value for key, value in settings.items()):
         raise UsageError(f"--compare {text!r:.80}: write BUNDLE[,KEY=VALUE]... with the keys {', '.join(KEYS)}, or a file of records")
     try:
         with open(path, "rb") as file:
@@ -94,8 +94,15 @@ def fast_processors() -> list[int | None]:
 def against_records(new: Record, other: Other, allowed: float) -> tuple[Comparison, list[str]]:
     """A new record and those of the file that were made under its settings; and in which ways the machine has changed since.
 
-    Raises `UsageError` where there is none, or where one has too few rounds.
+    Raises `UsageError` where there is none, or where one has too few rounds; `DataError` for one that bench did not write.
     """
+    try:
+        return _against(new, other, allowed)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise DataError(f"{other.path}: a record of it has not the figures that edgeml bench writes; take its line out") from None
+
+
+def _against(new: Record, other: Other, allowed: float) -> tuple[Comparison, list[str]]:
     alike = [record for record in other.records if all(record.get(key) == new[key] for key in SAME)]
     here = [record for record in alike if all(record["device"].get(key) == new["device"].get(key) for key in MACHINE)]
     if not here:

@@ -139,7 +139,7 @@ def _check(bundle: Bundle, manifest: Manifest, combination: dict[str, Any]) -> N
 def _workload(
     task: Task, texts: tuple[str, ...], text_pairs: tuple[str, ...], source: str | None, tokens: int | None, rounds: int
 ) -> dict[str, Any]:
-    if texts or source is not None:
+    if texts or text_pairs or source is not None:
         if tokens is not None:
             raise UsageError("give texts or --tokens, not both")
         rows = [[row.text, row.pair] for row in islice(given_rows(task, texts, text_pairs, source), rounds)]

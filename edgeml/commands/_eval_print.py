@@ -30,6 +30,9 @@ def table(document: Mapping[str, Any]) -> Iterator[str]:
     if any(entry["gg"] is not None for entry in document["variants"]) or document["transfer"] is not None:
         yield ""
         yield document["formulas"]
+    if "learned" in document:
+        yield ""
+        yield from _learned(document["learned"])
 
 
 def _tasks(document: Mapping[str, Any]) -> Iterator[str]:
@@ -129,6 +132,13 @@ def _specialised(document: Mapping[str, Any]) -> Iterator[str]:
         yield f"CDTR: none, {why}"
     if document["excluded_domains"]:
         yield f"left out, the reference is less than 1 point above chance: {printable(', '.join(document['excluded_domains']))}"
+
+
+def _learned(told: Mapping[str, Any]) -> Iterator[str]:
+    yield "T of each domain's resident set (row) on the domain (column): above 0, it may stand in where a deadline is near"
+    names = [printable(name) for name in told["domains"]]
+    rows = [(name, *("-" if ratio is None else f"{ratio:.2f}" for ratio in row)) for name, row in zip(names, told["ratios"], strict=True)]
+    yield from _columns([("set", *names), *rows], 1)
 
 
 def _difference(score: float, reference: float | None) -> str:

@@ -81,7 +81,7 @@ def parse_also(text: str, bundle: str) -> Setting:
     name, _, path = first.partition("=")
     options = {key.strip(): value.strip() for key, _, value in (part.partition("=") for part in rest)}
     for key, value in options.items():
-        if key not in KEYS or not value:
+        if key not in KEYS or not value or len(options) < len(rest):
             raise UsageError(f"--also {text!r:.80}: write NAME[=BUNDLE][,KEY=VALUE]... with the keys {', '.join(KEYS)}")
     if not name.strip() or name.strip() in KEYS:
         raise UsageError(f"--also {text!r:.80}: begin with a name for the variant, such as half,experts-kept=0.5")

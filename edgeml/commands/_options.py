@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -11,11 +12,29 @@ from typing import Any, TypeVar
 
 import click
 
-__all__ = ["bundle_argument", "json_option", "notes", "printable", "progress", "quiet_option", "records_option", "variant_options"]
+__all__ = [
+    "Number",
+    "bundle_argument",
+    "json_option",
+    "notes",
+    "printable",
+    "progress",
+    "quiet_option",
+    "records_option",
+    "variant_options",
+]
 
 bundle_argument = click.argument("bundle", type=click.Path())
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 quiet_option = click.option("--quiet", is_flag=True, help="No progress bar and no notes.")
+
+
+class Number(click.FloatRange):
+    """A finite number, in a range where one is given; for click, nan is in all of them."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found = float(super().convert(value, param, ctx))
+        return found if math.isfinite(found) else self.fail(f"{value} is no finite number.", param, ctx)
 
 
 def _records_file(_: click.Context, __: click.Parameter, given: Path | None) -> Path | None:

@@ -35,7 +35,12 @@ COLUMNS: tuple[Column, ...] = (
     ("peak MiB", "peak_rss_bytes", 1 << 20),
 )
 #: Columns of requests that overlap, in place of the cold rounds; which of two that are compared; and of networks for images.
-MIX: tuple[Column, ...] = (("answers/s", "mix.answered_per_s", 1), ("refused", "mix.refused", None), ("late", "mix.late", None))
+MIX: tuple[Column, ...] = (
+    ("answers/s", "mix.answered_per_s", 1),
+    ("refused", "mix.refused", None),
+    ("late", "mix.late", None),
+    ("stand-in %", "stand_in_share", 1e-2),
+)
 ARM: Column = ("arm", "arm", None)
 IMAGES: tuple[Column, ...] = (("variant", "variant", None), ("graphs MiB", "graph_bytes", 1 << 20))
 PAGING = ("memory", "weights MiB", "residency", "backend", "cold p50 ms", "tokens/s", "hits", "misses", "read MiB", "wait ms")

@@ -14,9 +14,9 @@ from edgeml.commands import _records
 from edgeml.commands._bench_child import Worker
 from edgeml.commands._bench_compare import Other, against_records, names_of, parse_other, sentence, take_turns
 from edgeml.commands._bench_job import DEFAULT_ROUNDS, DEFAULT_WARMUP, combinations_of, job_of, job_options, their_job
-from edgeml.commands._options import bundle_argument, json_option, notes, progress, quiet_option, records_option, variant_options
+from edgeml.commands._options import Number, bundle_argument, json_option, notes, progress, quiet_option, records_option, variant_options
 from edgeml.compare import FEWEST_PAIRS, Comparison
-from edgeml.errors import QualityRefused, UsageError
+from edgeml.errors import EdgemlError, QualityRefused, UsageError
 from edgeml.measure import P99_AT_LEAST
 from edgeml.records import Record, append
 
@@ -39,7 +39,7 @@ from edgeml.records import Record, append
     "threads or variant will do); or than the records that an earlier --records wrote.",
 )
 @click.option("--max-slowdown", default="0%", metavar="PERCENT", show_default=True, help="What --compare lets pass.")
-@click.option("--seconds", type=click.FloatRange(0), default=120, show_default=True, help="When --compare gives up on a noisy machine.")
+@click.option("--seconds", type=Number(0), default=120, show_default=True, help="When --compare gives up on a noisy machine.")
 @click.option("-o", "--output", type=click.Choice(_records.FORMATS), default="md", show_default=True, help="How the records are printed.")
 @records_option
 @quiet_option
@@ -80,15 +80,18 @@ def command(bundle: str, output: str, records_file: Path | None, quiet: bool, as
     theirs = None if other is None or other.records else their_job(job, other, combinations)
     rounds = FEWEST_PAIRS if theirs is not None else job["iterations"] + job["warmup"] + job["cold"]
     with progress(rounds * len(combinations), "measuring", quiet) as step:
-        for combination in combinations:
-            ours = job | combination
-            out.about = ", ".join(f"{key} {value}" for key, value in combination.items() if any(c[key] != value for c in combinations))
-            if other is None:
-                out.keep(_run_worker(ours, step))
-            elif theirs is None:
-                _against_records(ours, other, allowed, step, out)
-            else:
-                _in_turns(ours, ours | theirs, other, allowed, options["seconds"], step, out)
+        try:
+            for combination in combinations:
+                ours = job | combination
+                out.about = ", ".join(f"{key} {value}" for key, value in combination.items() if any(c[key] != value for c in combinations))
+                if other is None:
+                    out.keep(_run_worker(ours, step))
+                elif theirs is None:
+                    _against_records(ours, other, allowed, step, out)
+                else:
+                    _in_turns(ours, ours | theirs, other, allowed, options["seconds"], step, out)
+        finally:
+            out.document()
     out.close(quiet)
 
 
@@ -106,12 +109,19 @@ class _Out:
     def keep(self, record: Record) -> None:
         """A record: the next row."""
         self._records.append(record)
-        if self._file is not None:
-            append(self._file, record)
-        head = _records.head(self._kind, record) if len(self._records) == 1 else None
-        for part in (head, _records.row(self._kind, record, self._records[0])):
-            if part is not None:
-                click.echo(part)
+        try:
+            if self._file is not None:
+                append(self._file, record)
+        finally:
+            head = _records.head(self._kind, record) if len(self._records) == 1 else None
+            for part in (head, _records.row(self._kind, record, self._records[0])):
+                if part is not None:
+                    click.echo(part)
+
+    def document(self) -> None:
+        """What has been measured as one document, where that is asked for; also where the next measurement failed."""
+        if self._kind == "json" and self._records:
+            click.echo(_records.document(self._records))
 
     def judge(self, found: Comparison, ours: str, theirs: str, what: str) -> None:
         """What a comparison came to."""
@@ -120,8 +130,6 @@ class _Out:
 
     def close(self, quiet: bool) -> None:
         """What comes after the last row. Raises `QualityRefused` for what is slower than is allowed."""
-        if self._kind == "json":
-            click.echo(_records.document(self._records))
         if self._kind == "md" and self._said:
             click.echo("\n" + "\n".join(self._said))
         about = [f"{record['memory']}: {note}" for record in self._records for note in record["notes"]]
@@ -147,7 +155,7 @@ def _against_records(ours: dict[str, Any], other: Other, allowed: float, step: C
     record = _run_worker(ours, step)
     try:
         found, changed = against_records(record, other, allowed)
-    except UsageError:
+    except EdgemlError:
         out.keep(record)  # measured is measured
         raise
     where = Path(other.path).name

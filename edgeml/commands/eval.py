@@ -15,7 +15,7 @@ from edgeml.commands._eval_document import SHOWN, broken_gates, check_gates, doc
 from edgeml.commands._eval_print import table
 from edgeml.commands._eval_run import Images, Texts, routing_counts, run_variant
 from edgeml.commands._eval_settings import Setting, checked, named_after, parse_also, parse_kept, specialised, unique
-from edgeml.commands._options import json_option, notes, progress, quiet_option, records_option, variant_options
+from edgeml.commands._options import Number, json_option, notes, progress, quiet_option, records_option, variant_options
 from edgeml.data import SPLITS, Columns, TableData, TaskData, find_tasks
 from edgeml.errors import DataError, QualityRefused, UsageError
 from edgeml.evaluate import image_questions, match_images, match_tasks, seen_domains, tasks_of, text_question
@@ -75,7 +75,7 @@ class _Asked:
 @click.option("--kept-for", metavar="DOMAIN[+DOMAIN]...", help="Keep the experts that these domains' tasks use most, for all tasks.")
 @click.option(
     "--specialise",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=Number(0, 1, min_open=True, max_open=True),
     metavar="SHARE",
     help="Also keep this share of the experts for each domain in turn: gives DSI and CDTR.",
 )
@@ -85,8 +85,8 @@ class _Asked:
     help="Also measure, under --memory, what each domain's resident set makes of the others' data, and keep it for stand-ins.",
 )
 @click.option("--domains-seen", metavar="DOMAIN,...", help="What making the variants saw, in place of what their provenance says.")
-@click.option("--max-gap", type=float, metavar="SCORE", help="Exit with 1 if GG is surely above this, say 0.02 (2 points).")
-@click.option("--min-retention", type=float, metavar="SHARE", help="Exit with 1 if retention is below this, say 0.97.")
+@click.option("--max-gap", type=Number(), metavar="SCORE", help="Exit with 1 if GG is surely above this, say 0.02 (2 points).")
+@click.option("--min-retention", type=Number(), metavar="SHARE", help="Exit with 1 if retention is below this, say 0.97.")
 @click.option("--seed", default=BOOTSTRAP_SEED, show_default=True, type=click.IntRange(0), help="Of the bootstrap behind the intervals.")
 @click.option("--predictions", type=click.Path(), help="Write each answer to this file, and do not ask again for those it has.")
 @click.option("--from-predictions", type=click.Path(), help="Score this file of --predictions; nothing is run.")
@@ -107,8 +107,8 @@ def command(
     seen = None if options["domains_seen"] is None else [name.strip() for name in options["domains_seen"].split(",")]
     gates = {"max_gap": options["max_gap"], "min_retention": options["min_retention"]}
     if from_predictions is not None:
-        if bundle is not None or options["data"] is not None or options["predictions"] is not None:
-            raise UsageError("--from-predictions scores what was answered: leave out the bundle, --data and --predictions")
+        if bundle is not None or any(options[key] for key in ("data", "predictions", "reference", "also", "specialise", "learn")):
+            raise UsageError("--from-predictions scores what was answered: leave out the bundle, --data and what else is for running it")
         found = _rescored(Path(from_predictions), seen, gates, options["seed"])
     elif bundle is None or options["data"] is None:
         raise UsageError("give a bundle and --data, or --from-predictions with the answers of an earlier run")
@@ -146,6 +146,8 @@ def _evaluated(
         for setting in asked.settings:
             if setting.role == "variant":
                 check_gates(asked.seen[setting.name], domains, gates["max_gap"], compared)
+    # before the rest: what cannot be learned is told now, and what was is kept whatever comes
+    learned = _learn(bundle, asked.groups, options["memory"], options["threads"], quiet) if options["learn"] else None
     variants: list[Variant] = []
     timings: list[Timing] = []
     with Predictions(None if options["predictions"] is None else Path(options["predictions"])) as predictions:
@@ -155,8 +157,8 @@ def _evaluated(
             timings.append(timing)
     found = document(variants, bundle, options["seed"])
     routed(found, _counts(bundle, asked.groups, options["threads"], quiet) if options["specialise"] is not None else None)
-    if options["learn"]:
-        found["learned"] = _learn(bundle, asked.groups, options["memory"], options["threads"], quiet)
+    if learned is not None:
+        found["learned"] = learned
     settings = {key: options[key] for key in ("split", "limit", "experts_kept", "kept_by", "kept_for", "specialise")}
     settings |= {"reference_bundle_id": None if found["reference"] is None else found["reference"]["bundle_id"]}
     return found | {"skipped": list(asked.skipped), "record": record(timings[0], dict(variants[0].settings) | settings, "eval")}
@@ -167,7 +169,7 @@ def _learn(bundle: str, groups: Sequence[Texts | Images], memory: str | None, th
     data = {group.question.name: group.rows for group in groups if isinstance(group, Texts)}
     with open_session(bundle, memory=memory, threads=threads) as session:
         rows = sum(map(len, data.values()))
-        domains = len({group.question.domain for group in groups if isinstance(group, Texts)})
+        domains = len({session.task(name).domain for name in data})
         with progress(rows * (domains + 2), "learning", quiet) as tick:
             learned = measure_transfer(session, data, tick)
         place = session.residents.keep(learned)
@@ -195,8 +197,8 @@ def _asked(bundle: str, seen: Sequence[str] | None, options: dict[str, Any], qui
     if Path(options["data"]).is_file():
         notes(["a file of rows has no training split, so chance is that of its own commonest label"], quiet)
     images = any(isinstance(group, Images) for group in groups)
-    if images and (options["specialise"] is not None or any(setting.kept is not None for setting in settings)):
-        raise UsageError("--experts-kept and --specialise are for mixtures of experts; a network for images has none")
+    if images and (options["specialise"] is not None or options["learn"] or any(setting.kept is not None for setting in settings)):
+        raise UsageError("--experts-kept, --specialise and --learn are for mixtures of experts; a network for images has none")
     if options["reference"] is not None:
         settings.append(Setting("reference", options["reference"], role="reference"))
     elif options["specialise"] is not None:
@@ -243,8 +245,10 @@ def _manifest(bundle: str) -> Manifest:
 def _read(bundle: str, manifest: Manifest, options: dict[str, Any]) -> tuple[list[Texts | Images], list[str]]:
     """The rows to evaluate, and the names of tasks that the bundle does not answer."""
     data, split, limit = Path(options["data"]), options["split"], options["limit"]
-    names = None if options["tasks"] is None else [name.strip() for name in options["tasks"].split(",")]
+    names = None if options["tasks"] is None else list(dict.fromkeys(name.strip() for name in options["tasks"].split(",")))
     if data.is_file():
+        if names is not None:
+            raise UsageError("--tasks goes with a data directory; with one file of rows it is --task")
         return [Texts(*text_question(_table(bundle, manifest, data, options), split, limit))], []
     if options["task"] is not None:
         raise UsageError("--task goes with one file of rows; with a data directory it is --tasks")

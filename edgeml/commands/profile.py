@@ -12,7 +12,17 @@ import click
 import numpy as np
 
 from edgeml.commands._bench_job import DEFAULT_ROUNDS, DEFAULT_TOKENS, job_of, job_options
-from edgeml.commands._options import bundle_argument, json_option, notes, printable, progress, quiet_option, records_option, variant_options
+from edgeml.commands._options import (
+    Number,
+    bundle_argument,
+    json_option,
+    notes,
+    printable,
+    progress,
+    quiet_option,
+    records_option,
+    variant_options,
+)
 from edgeml.commands.bench_worker import calls
 from edgeml.energy import Monitor
 from edgeml.errors import DataError
@@ -36,7 +46,7 @@ MOST_PAGE_INS = 2000
 @click.option(
     "--operators/--no-operators", default=True, show_default=True, help="Also rounds under onnxruntime's own profiler, which is slow."
 )
-@click.option("--idle", type=click.FloatRange(0), default=2, show_default=True, help="Seconds at rest before, as the baseline of energy.")
+@click.option("--idle", type=Number(0), default=2, show_default=True, help="Seconds at rest before, as the baseline of energy.")
 @click.option("--threads", type=int, help="Threads to compute with (default: EDGEML_THREADS, or all processors).")
 @click.option("--memory", help="Memory for weights: 64MiB, 50%, auto.")
 @click.option("--residency", default="exact", show_default=True, type=click.Choice(RESIDENCIES))
@@ -83,13 +93,11 @@ def command(
         spans = recorder.spans() + more
     document["operators"] = told
     document |= {"lanes": lane_times(spans), "lost_events": recorder.lost, **_machine(monitor), **_for_reports(document, spans)}
-    if trace is not None:
-        write_trace(
-            trace, spans, {"bundle": settings["bundle"], "bundle_id": settings["bundle_id"], "tool_version": settings["tool_version"]}
-        )
+    click.echo(json.dumps(document, allow_nan=False) if as_json else "\n".join(_table(document)))
     if records_file is not None:
         append(records_file, complete("profile", settings, profile=document))
-    click.echo(json.dumps(document, allow_nan=False) if as_json else "\n".join(_table(document)))
+    if trace is not None:
+        write_trace(trace, spans, {key: settings[key] for key in ("bundle", "bundle_id", "tool_version")})
 
 
 def _record(recorder: Recorder, job: dict[str, Any], burst: bool, tick: Callable[[int], None]) -> None:

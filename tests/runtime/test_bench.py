@@ -22,6 +22,7 @@ import edgeml
 from edgeml.cli import main
 from edgeml.commands import bench
 from edgeml.commands._records import flatten, head, row
+from edgeml.errors import DeviceError
 from edgeml.measure import Timing, environment, peak_rss_bytes, percentile, percentile_interval, record, rss_bytes, spread, time_rounds
 
 Capture = pytest.CaptureFixture[str]
@@ -115,6 +116,8 @@ def test_csv_and_json_lines(toy: Path, capsys: Capture) -> None:
         (["--task", "mood", "--tokens", "0"], 2, "tokens"),
         (["--task", "mood", "--tokens", "5", "--text", "a"], 2, "not both"),
         (["--task", "mood", "--iterations", "0"], 2, "iterations"),
+        (["--task", "mood", "--text-pair", "a"], 2, "--text"),
+        (["--task", "mood", "--text", "a", "--text-pair", "b"], 2, "takes single texts"),
         (["--task", "mood", "--text", ""], 3, "empty"),
         (["--task", "mood", "--input", "absent"], 3, "absent"),
         (["--task", "mood", "-o", "xml"], 2, "xml"),
@@ -140,6 +143,32 @@ def test_an_error_in_the_child_is_the_error(toy: Path, flipped: Callable[[int], 
     assert captured.out == ""
     assert captured.err.count("\n") == 1
     assert f"page {bad} at offset" in captured.err
+
+
+@pytest.mark.parametrize("kind", ["md", "json", "csv"])
+def test_what_was_measured_before_a_failure_is_printed(toy: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    measure = bench._run_worker
+
+    def fail_later(job: dict[str, Any], step: Any) -> dict[str, Any]:
+        if job["memory"] == "25%":
+            raise DeviceError("the disk fails")
+        return measure(job, step)
+
+    monkeypatch.setattr(bench, "_run_worker", fail_later)
+    assert main(["bench", str(toy), "--task", "mood", *QUICK, "--memory", "50%,25%", "-o", kind]) == 4
+    captured = capsys.readouterr()
+    assert captured.err == "edgeml: the disk fails\n"
+    assert "50%" in captured.out
+    assert kind != "json" or [one["memory"] for one in json.loads(captured.out)["records"]] == ["50%"]
+
+
+def test_a_record_that_cannot_be_kept_is_printed(toy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture) -> None:
+    def full(*_: Any) -> None:
+        raise DeviceError("the disk is full")
+
+    monkeypatch.setattr(bench, "append", full)
+    assert main(["bench", str(toy), "--task", "mood", *QUICK, "--memory", "50%", "--records", str(tmp_path / "r")]) == 4
+    assert "50%" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

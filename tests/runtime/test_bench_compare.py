@@ -19,10 +19,11 @@ import pytest
 import edgeml
 from edgeml.cli import main
 from edgeml.commands import _bench_child, bench
-from edgeml.commands._bench_compare import fast_processors, parse_other
+from edgeml.commands._bench_compare import Other, against_records, fast_processors, parse_other
 from edgeml.compare import FEWEST_PAIRS, Comparison
+from edgeml.errors import DataError
 from edgeml.made import make_cnn
-from edgeml.records import read
+from edgeml.records import Record, read
 
 Capture = pytest.CaptureFixture[str]
 QUICK = ["--task", "mood", "--warmup", "0", "--cold", "0", "--seconds", "0"]
@@ -125,6 +126,38 @@ def test_an_earlier_record_is_a_gate(toy: Path, tmp_path: Path, capsys: Capture)
         assert captured.err.count("\n") == 1
 
 
+@pytest.fixture(scope="module")
+def new(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Record:
+    """A record of bench."""
+    file = tmp_path_factory.mktemp("new") / "r.jsonl"
+    assert main(["bench", str(toy), "--task", "mood", "--cold", "0", "--iterations", "8", "--threads", "1", "--records", str(file)]) == 0
+    return read(file)[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"device": None},
+        {"device": [1]},
+        {"load_average": "much"},
+        {"latency_s": "quick"},
+        {"latency_s": {"p50_interval": {"value": 1, "low": "a", "high": 2, "n": 9}}},
+        {"latency_s": {"p50_interval": {"value": -1, "low": -1, "high": -1, "n": 9}}},
+    ],
+)
+def test_a_record_that_bench_did_not_write_is_a_sentence(tmp_path: Path, change: dict[str, Any], new: Record) -> None:
+    (tmp_path / "old.jsonl").write_text(json.dumps(new | change) + "\n")
+    other = parse_other(str(tmp_path / "old.jsonl"))
+    with pytest.raises(DataError, match=r"old\.jsonl: a record of it has not the figures that edgeml bench writes"):
+        against_records(new, other, 0.0)
+
+
+def test_a_bundle_whose_name_has_a_comma_is_compared_with(toy: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "a,b=c.edgeml"
+    odd.write_bytes(toy.read_bytes())
+    assert parse_other(str(odd)) == Other(str(odd), {})
+
+
 def test_records_of_several_bundles_are_told_apart(toy: Path, tmp_path: Path, capsys: Capture) -> None:
     file = tmp_path / "r.jsonl"
     asked = ["--task", "mood", "--cold", "0", "--threads", "1"]
@@ -156,6 +189,8 @@ def test_records_of_several_bundles_are_told_apart(toy: Path, tmp_path: Path, ca
         (["--compare", "TOY", "--max-slowdown", "fast"], 2, "--max-slowdown is a percentage such as 5%"),
         (["--compare", "TOY", "--max-slowdown", "0.05"], 2, "such as 5%"),
         (["--compare", "TOY", "--seconds", "-1"], 2, "seconds"),
+        (["--compare", "TOY", "--seconds", "nan"], 2, "nan is no finite number"),
+        (["--compare", "TOY,memory=25%,memory=50%"], 2, "with the keys"),
         (["--max-slowdown", "5%"], 2, "--max-slowdown goes with --compare"),
     ],
 )

@@ -81,7 +81,7 @@ def test_tables(toy: Path, tmp_path: Path, capsys: Capture) -> None:
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
     assert lines[0].startswith("`toy.edgeml`, workload w.toml, 24 requests, poisson, rate_per_s 300.0 on ")
-    assert lines[2].endswith("| answers/s | refused |    late |")
+    assert lines[2].endswith("| answers/s | refused |    late | stand-in % |")
     assert "cold p50 ms" not in lines[2]
     assert "p99 is left out: it takes 100 rounds, and there were 24" in captured.err
     assert main([*asked, "-o", "csv"]) == 0
@@ -119,7 +119,7 @@ def test_deadlines_that_pass_are_counted_and_said(toy: Path) -> None:
     counts = figures["mix"]
     assert counts["answered"] == len(answered) == len(timing.warm.latency_s)
     assert counts["late"] == 40 - len(answered) > 0
-    assert counts["by_task"]["weather"] == {"answered": 0, "latency_s": None}
+    assert counts["by_task"]["weather"] == {"answered": 0, "latency_s": None, "stand_in_share": None}
     assert said == [f"{counts['late']} of 40 requests were refused or too late; the latencies are of the others"]
 
 

@@ -70,7 +70,8 @@ def test_a_cut_off_archive_is_a_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "document", ["", "{", "[]", '{"name": "x"}', json.dumps(TASK | {"metric": "bleu"}), json.dumps(TASK | {"labels": []})]
+    "document",
+    ["", "{", "[]", '{"name": "x"}', json.dumps(TASK | {"metric": "bleu"}), json.dumps(TASK | {"labels": []}), "[" * 99999, "9" * 9999],
 )
 def test_a_bad_description_is_a_sentence(tmp_path: Path, document: str) -> None:
     (tmp_path / "task.json").write_text(document)
@@ -149,7 +150,9 @@ def test_a_name_comes_before_a_number(tmp_path: Path) -> None:
         ("t.csv", "words,label\na,yes\n", r"t\.csv: no column 'text'; it has words, label; see --text-column"),
         ("t.csv", "", r"t\.csv: no column 'text'; it has none"),
         ("t.csv", "text,label\n", r"t\.csv: it has no rows"),
-        ("t.csv", b"text,label\n\xff,yes\n", r"t\.csv: not UTF-8"),
+        ("t.csv", b"text,label\n\xff,yes\n", r"t\.csv:2: not UTF-8"),
+        ("t.csv", b"text,label\n" + b"a,yes\n" * 9000 + b"\xc3,yes\n", r"t\.csv:9002: not UTF-8"),
+        ("t.csv", "text,text,label\na,b,yes\n", r"t\.csv: 2 column 'text'; it has text, text, label"),
         ("t.jsonl", '{"text": "a", "label": true}\n', r"t\.jsonl:1: the label True"),
         ("t.jsonl", '{"text": "a", "label": NaN}\n', r"t\.jsonl:1: the label nan"),
         ("t.jsonl", '{"text": "a"}\n', r"t\.jsonl:1: the label None"),
@@ -167,6 +170,21 @@ def test_a_broken_table_is_named_by_file_and_line(tmp_path: Path, name: str, con
     assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match="'text_pair'"):
         table(tmp_path, "p.csv", "text,label\na,yes\n", pair=True).rows("test")
+
+
+def test_a_text_is_checked_where_it_stands(tmp_path: Path) -> None:
+    def check(text: str, where: str) -> None:
+        if text == "b":
+            raise DataError(f"{where}: no")
+
+    with pytest.raises(DataError, match=r"t\.csv:3: no"):
+        table(tmp_path, "t.csv", "text,label\na,yes\nb,no\n").rows("test", None, check)
+    with pytest.raises(DataError, match=r"p\.csv:2: no"):
+        table(tmp_path, "p.csv", "text,text_pair,label\na,b,yes\n", pair=True).rows("test", None, check)
+    make(tmp_path, [b'{"text": "a", "label": 0}', b'{"text": "b", "label": 0}'])
+    with pytest.raises(DataError, match=r"test\.jsonl\.gz:2: no"):
+        find_tasks(tmp_path)[0].rows("test", None, check)
+    assert len(find_tasks(tmp_path)[0].rows("test", 1, check)) == 1
 
 
 def test_a_table_that_is_not_there(tmp_path: Path) -> None:

@@ -166,6 +166,15 @@ def test_labels_must_be_the_bundles(manifest: Manifest, tmp_path: Path) -> None:
         match_tasks([task(), task(domain="else")], manifest, "m")
 
 
+@pytest.mark.parametrize("text", ["", " ", "\ud800", "a" * 200_001])
+def test_a_text_that_cannot_be_answered_is_named_before_anything_runs(
+    toy: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeml.commands.eval.run_variant", lambda *_: pytest.fail("something was run"))
+    write_task(tmp_path, "mood", list(TOY.tasks["mood"]), [{"text": "fine", "label": 0}, {"text": text, "label": 1}])
+    assert "test.jsonl:2: " in sentence(capsys, 3, toy, "--data", tmp_path)
+
+
 def test_an_empty_split_is_refused(tmp_path: Path) -> None:
     write_task(tmp_path, "mood", ["good", "bad"], [])
     task = TaskData("mood", "made", ("good", "bad"), "accuracy", False, None, tmp_path / "made" / "mood")
@@ -216,6 +225,7 @@ def test_wrong_questions_get_one_sentence(toy: Path, data: Path, tmp_path: Path,
     assert "none of the 1 tasks" in sentence(capsys, 3, toy, "--data", data, "--tasks", "other")
     assert "called 'absent'" in sentence(capsys, 3, toy, "--data", data, "--tasks", "absent")
     assert "no such directory" in sentence(capsys, 3, toy, "--data", tmp_path / "absent")
+    assert list(document(capsys, toy, "--data", data, "--tasks", "mood, mood")["tasks"]) == ["mood"], "named twice is asked once"
     assert "not '2'" in sentence(capsys, 2, toy, "--data", data, "--experts-kept", "2")
     assert "--kept-by" in sentence(capsys, 2, toy, "--data", data, "--kept-by", "random")
     assert "leave out --memory" in sentence(capsys, 2, toy, "--data", data, "--experts-kept", "0.5", "--memory", "50%")

@@ -347,7 +347,7 @@ def test_a_text_that_cannot_be_answered_is_named_in_either_way(place: Path, tmp_
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for threads in ("1", "2"):
         asked = [place / "toy.edgeml", "--data", tmp_path / "mine.jsonl", "--task", "mood", "--threads", threads]
-        assert "task 'mood', rows from 0: input 9" in sentence(capsys, 3, *asked)
+        assert "mine.jsonl:10: the text is empty" in sentence(capsys, 3, *asked)
 
 
 # ---- one file of rows ----
@@ -388,6 +388,19 @@ def test_a_table_is_scored_like_a_directory(here: Path, tmp_path: Path, capsys: 
         ([*BASE, "--kept-for", "sky"], 2, "say how many with --experts-kept"),
         ([*BASE, "--experts-kept", "0.5", "--kept-for", "sky", "--kept-by", "random:1"], 2, "--kept-for is about usage"),
         ([*BASE, "--task", "mood"], 2, "with a data directory it is --tasks"),
+        ([*BASE, "--also", "half,memory=50%,memory=25%"], 2, "KEY=VALUE"),
+        ([*BASE, "--specialise", "nan"], 2, "nan is"),
+        ([*BASE, "--reference", "toy.edgeml", "--max-gap", "nan"], 2, "nan is no finite number"),
+        ([*BASE, "--reference", "toy.edgeml", "--min-retention", "nan"], 2, "nan is no finite number"),
+        ([*BASE, "--reference", "toy.edgeml", "--min-retention", "inf"], 2, "inf is no finite number"),
+        (
+            ["toy.edgeml", "--data", "data/mind/mood/test.jsonl", "--task", "mood", "--tasks", "mood"],
+            2,
+            "with one file of rows it is --task",
+        ),
+        (["--from-predictions", "p.jsonl", "--learn"], 2, "leave out the bundle, --data and what else is for running it"),
+        (["--from-predictions", "p.jsonl", "--also", "half"], 2, "leave out the bundle"),
+        (["--from-predictions", "p.jsonl", "--reference", "toy.edgeml"], 2, "leave out the bundle"),
         (["toy.edgeml", "--data", "data/mind/mood/test.jsonl"], 2, "say with --task"),
         (["toy.edgeml", "--data", "data/mind/mood/test.jsonl", "--task", "vector"], 2, "no labels"),
         (["toy.edgeml", "--data", "data/mind/mood/test.jsonl", "--task", "tune"], 2, "no task 'tune'"),
@@ -438,27 +451,6 @@ def test_an_evaluation_is_recorded(here: Path, tmp_path: Path, capsys: Capture) 
     assert "schema 1" in sentence(capsys, 3, *BASE, "--records", tmp_path / "other.jsonl")
 
 
-# ---- what the device learns ----
-
-
-def test_the_transfer_matrix_is_measured_and_kept(
-    here: Path, tmp_path: Path, rebuild: Any, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("EDGEML_STATE", str(tmp_path))
-
-    def apart(manifest: dict[str, Any]) -> None:
-        for task in manifest["tasks"]:
-            task["domain"] = {"weather": "sky", "mood": "mind"}.get(task["name"], task["domain"])
-
-    asked = [rebuild(change=apart), *BASE[1:]]
-    found = said(capsys, *asked, "--memory", "50%", "--learn")["learned"]
-    assert found["domains"] == ["mind", "sky"]
-    assert all(row[number] in (None, 1) for number, row in enumerate(found["ratios"]))
-    assert found["by"] == "labels"
-    assert len(list(tmp_path.glob("*.usage"))) == 1
-    assert "everything" in sentence(capsys, 2, *asked, "--memory", "100%", "--learn")
-
-
 # ---- images ----
 
 
@@ -497,4 +489,5 @@ def test_maps_are_kept_and_scored_again(street: Path, tmp_path: Path, capsys: Ca
 def test_images_have_no_experts(street: Path, capsys: Capture) -> None:
     asked = [street / "street.edgeml", "--data", street / "data"]
     assert "for mixtures of experts" in sentence(capsys, 2, *asked, "--specialise", "0.5")
+    assert "for mixtures of experts" in sentence(capsys, 2, *asked, "--learn")
     assert "for mixtures of experts" in sentence(capsys, 2, *asked, "--also", "half,experts-kept=0.5")

@@ -286,6 +286,8 @@ def test_the_table_reads_well(toy: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["--task", "mood", "--records", "nowhere/r.jsonl"], 3, "there is no folder"),
         (["--task", "mood", "--tokens", "100000"], 2, "reads at most"),
         (["--task", "mood", "--residency", "none"], 2, "none"),
+        (["--task", "mood", "--idle", "nan"], 2, "nan is no finite number"),
+        (["--task", "mood", "--text-pair", "a"], 2, "--text"),
         (["--task", "mood", "--memory", "1KiB"], 2, "floor"),
     ],
 )
@@ -296,6 +298,18 @@ def test_bad_input_is_one_sentence(toy: Path, options: list[str], code: int, sen
     assert sentence in said
     assert said.count("\n") == 1
     assert "Traceback" not in said
+
+
+def test_what_was_measured_is_printed_and_recorded_where_the_trace_cannot_be_written(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "t").mkdir()
+    asked = ["profile", str(toy), "--task", "mood", "--iterations", "2", "--cold", "1", "--no-operators", "--idle", "0", "--text", TEXT]
+    assert main([*asked, "--trace", str(tmp_path / "t"), "--records", str(tmp_path / "r.jsonl"), "--json"]) == 4
+    shown = capsys.readouterr()
+    assert "the trace cannot be written" in shown.err
+    (record,) = read(tmp_path / "r.jsonl")
+    assert record["profile"] == json.loads(shown.out)
 
 
 def test_a_trace_that_cannot_be_written(tmp_path: Path) -> None:

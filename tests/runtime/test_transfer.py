@@ -140,7 +140,7 @@ def test_without_shared_experts_there_is_no_baseline_and_nothing_stands_in(rebui
     [
         ("masked", "50%", {}, UsageError, "measure with residency exact or hybrid"),
         ("exact", "100%", {}, UsageError, "everything fits this budget"),
-        ("exact", "50%", {"mood": None}, UsageError, "transfer is between domains, and there is data of sky only"),
+        ("exact", "50%", {"mood": None}, UsageError, "transfer is between the bundle's domains, and there is data of sky only"),
         ("exact", "50%", {"mood": [Row("fog", None, 0)] * 29}, DataError, "domain 'film' has 29 rows, and 30 are the fewest"),
         ("exact", "50%", {"vector": [Row("fog")] * 30}, UsageError, "task 'vector' has no labels on texts"),
         ("exact", "50%", {"tide": [Row("fog")] * 30}, UsageError, "has no task 'tide'"),

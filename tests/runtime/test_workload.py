@@ -128,6 +128,12 @@ def test_the_mix_follows_its_weights() -> None:
     assert {request.tokens for request in drawn} == {(8,), (4,)}
 
 
+def test_a_length_that_is_beyond_numbers_keeps_to_its_bounds_too() -> None:
+    tokens = '{distribution = "lognormal", median = 1e6, sigma = 1e6, least = 1, most = 8}'
+    lengths = [request.tokens[0] for request in made(f'[[mix]]\ntask = "a"\ntokens = {tokens}\n').part(1, 99)]
+    assert set(lengths) == {1, 8}
+
+
 def test_arrivals_have_their_rate() -> None:
     poisson = made('[arrival]\nkind = "poisson"\nrate_per_s = 20\n' + MIX).part(1, 4000)
     times = np.array([request.at_s for request in poisson])
