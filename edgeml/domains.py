@@ -212,13 +212,13 @@ def specialised_figures(table: Table, baseline: bool) -> dict[str, Any]:
     }
     if why is not None:
         return found
-    near = any(table.at_the_clip(1 + i, j) for i in kept for j in kept if i != j)
+    near = any(table.at_the_clip(1 + i, j) for i in kept for j in kept)
     drawn = [dsi(draw[: count + 1], at, out) for draw, at in zip(*table.drawn_domains, strict=True)]
     total = sum(table.sizes)
     found["dsi"] = _json(interval_of(single.value, [one.value for one in drawn], total, near))
     found["dsi_max"] = _json(interval_of(single.most, [one.most for one in drawn], total, near))
     for number in kept:
-        own = any(table.at_the_clip(1 + number, j) for j in kept if j != number)
+        own = any(table.at_the_clip(1 + number, j) for j in kept)
         found["dsi_by_domain"][table.domains[number]] = _json(
             interval_of(single.each[number], [one.each[number] for one in drawn], total, own)
         )
@@ -228,12 +228,14 @@ def specialised_figures(table: Table, baseline: bool) -> dict[str, Any]:
 
 
 def _retention(table: Table, variant: int) -> tuple[Interval | None, list[int]]:
-    """Ratio of sums over tasks; no interval where one of them has fewer than 30 examples."""
+    """Ratio of sums over tasks; no interval where one of them has fewer than 30 examples, and nothing where all together have."""
     (value,), excluded = retention(table.scores[[0, variant]], table.chance)
     kept = [number for number in range(len(table.sheets)) if number not in excluded]
     if value is None:
         return None, excluded
     sizes = [len(table.sheets[number]) for number in kept]
+    if sum(sizes) < FEWEST_EXAMPLES:
+        return None, excluded
     if min(sizes) < FEWEST_EXAMPLES:
         return Interval(value, None, None, sum(sizes)), excluded
     scores, chance = table.drawn

@@ -51,7 +51,9 @@ def _tasks(document: Mapping[str, Any]) -> Iterator[str]:
 def _sums(document: Mapping[str, Any]) -> Iterator[str]:
     if document["reference_mean"] is not None:
         kept = document["retention"]
-        if kept is None:
+        if kept is None and len(document["excluded"]) < len(document["tasks"]):
+            yield "retention: none, the tasks have fewer than 30 rows in all"
+        elif kept is None:
             yield "retention: none, no reference score is 10 points above chance"
         else:
             between = "" if kept["low"] is None else f", 95 % between {kept['low']:.1%} and {kept['high']:.1%}"

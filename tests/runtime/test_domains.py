@@ -301,6 +301,20 @@ def truth(shares: np.ndarray, chance: float) -> tuple[np.ndarray, np.ndarray]:
     return shares, np.full(shares.shape[1], chance)
 
 
+def test_an_index_whose_set_is_at_chance_at_home_is_flagged() -> None:
+    rng = np.random.default_rng(0)
+    sheets = []
+    for home, name in enumerate("abc"):
+        labels = rng.integers(0, 2, 200)
+        hit = [0.9, *(0.5 if (made, home) == (0, 0) else 0.85 for made in range(3))]
+        answers = [np.where(rng.random(200) < share, labels, 1 - labels) for share in hit]
+        sheets.append(Sheet.of_labels(f"task-{name}", name, "accuracy", labels, 0, answers))
+    found = specialised_figures(Table(sheets), False)
+    assert found["dsi_by_domain"]["a"]["near_clip"]
+    assert found["dsi"]["near_clip"]
+    assert not found["dsi_by_domain"]["b"].get("near_clip")
+
+
 def test_intervals_cover_what_is_true() -> None:
     """n = 200 a domain, retention above 0.2: in the long run 95 % of the intervals hold the truth. benchmarks/quality/coverage.py has
     the long run; here 60 tables, whose coverage varies by three points, so that only a broken interval fails."""

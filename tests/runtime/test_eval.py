@@ -87,13 +87,14 @@ def test_figures_without_a_reference() -> None:
 
 
 def test_retention_is_a_ratio_of_sums_over_the_tasks_that_have_something_to_lose() -> None:
-    labels = [0, 1, 0, 1, 0, 1, 0, 1]
-    half = [0, 1, 0, 1, 0, 1, 0, 0]  # score 7/8
-    nothing = answered("c", labels, labels, [0] * 8)  # its reference is at chance
+    labels = [0, 1, 0, 1, 0, 1, 0, 1] * 2
+    half = [0, 1, 0, 1, 0, 1, 0, 0] * 2  # score 7/8
+    nothing = answered("c", labels, labels, [0] * 16)  # its reference is at chance
     found = report([answered("a", labels, half, labels), answered("b", labels, labels, half), nothing])
-    assert found["retention"] == {"value": (3 / 8 + 4 / 8) / (4 / 8 + 3 / 8), "low": None, "high": None, "n": 16}
+    assert found["retention"] == {"value": (3 / 8 + 4 / 8) / (4 / 8 + 3 / 8), "low": None, "high": None, "n": 32}
     assert found["excluded"] == ["c"]
     assert report([nothing])["retention"] is None
+    assert report([answered("a", labels, half, labels), nothing])["retention"] is None, "16 rows say nothing"
 
 
 def test_the_interval_is_paired() -> None:
