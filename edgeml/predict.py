@@ -261,6 +261,7 @@ class _Run:
         self._term("request", self.request_s, "Python and the session, whatever is asked")
         if isinstance(task.stages, TaskStages):
             self._tokenizing()
+            self._rows()
             self._graphs(stages, graphs[task.stages.trunk])
             self._linears()
             if manifest.sites:
@@ -278,6 +279,13 @@ class _Run:
         if "process.tokens_per_s" in self.rates.profile.figures:
             rate = self.rates.get("process.tokens_per_s")
             self._term("tokenizing", self.tokens / rate, f"{self.tokens} tokens / {rate / 1e3:.3g} thousand a second")
+
+    def _rows(self) -> None:
+        """Rows of embeddings are read once and then in the system's cache, so they are no part of a warm request."""
+        profile = self.rates.profile
+        if any(page.kind == PageKind.ROWS for page in self.pages) and any(key.startswith("storage.") for key in profile.figures):
+            seconds = self.tokens * page_seconds(profile, 1 << 12, 2)
+            self.notes.append(f"words met for the first time are read from the file: up to {1e3 * seconds:.2g} ms on top")
 
     # ---- graphs ----
 
