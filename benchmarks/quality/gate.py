@@ -80,8 +80,10 @@ def spread_of(values: list[float]) -> float:
     return float(1.4826 * np.median(np.abs(np.array(values) - np.median(values))))
 
 
-def by_record(records: list[dict[str, Any]], before: int) -> dict[str, float]:
-    """The gate against earlier records, of each run and so many before."""
+def by_record(records: list[dict[str, Any]], before: int) -> dict[str, float] | None:
+    """The gate against earlier records, of each run and so many before; None where there are too few."""
+    if len(records) <= before:
+        return None
     found = [compare_records(records[place], records[place - before : place]) for place in range(before, len(records))]
     return shares(found, [slowed(one) for one in found])
 
@@ -98,8 +100,8 @@ def main() -> int:
     options.add_argument("--memory", default="100%")
     options.add_argument("--seconds", type=float, default=20, help="at most for a run")
     chosen = options.parse_args()
-    if chosen.runs < 10:
-        raise UsageError("--runs must be at least 10")
+    if chosen.runs < 2:
+        raise UsageError("--runs must be at least 2")
     with Bundle.open(chosen.bundle) as bundle:
         task = chosen.task or load_manifest(bundle).tasks[0].name
     job = {
