@@ -173,7 +173,8 @@ def gap_figures(table: Table, variant: int, seen: Collection[str]) -> dict[str, 
     found: dict[str, Any] = {"gg": None, "gg_raw": None, "forgetting": None, "unseen": [table.domains[n] for n in away], "why": None}
     if not home or not away:
         left = "was seen by what made this variant" if home else "was not seen by what made this variant"
-        found["why"] = f"every domain {left}; name those it saw with --domains-seen" if home or away else "the reference is above chance on no domain"
+        every = f"every domain {left}; name those it saw with --domains-seen"
+        found["why"] = every if home or away else "the reference is above chance on no domain"
         return found
     found["why"] = table.too_few()
     if found["why"] is None:
