@@ -8,14 +8,14 @@ EDGEML_SHARED ?= ../shared
 
 .PHONY: demo test test-c test-python install lint bench model export-demo vision-models wheels native-sdk build clean check-tools
 
-# What a newcomer runs: the runtime and its reports (no torch), the committed bundle, answers, and what paging costs here.
+# What a newcomer runs: the runtime and its reports (no torch), the committed bundle, answers, and what less memory costs here.
 demo: $(DEMO_VENV)/ready
 	$(DEMO_VENV)/bin/python examples/demo.py
 
-$(DEMO_VENV)/ready: pyproject.toml CMakeLists.txt $(wildcard edgeml/*.py edgeml/*/*.py reports/edgeml_report/* native/src/* native/include/*) | check-tools
+$(DEMO_VENV)/ready: Makefile pyproject.toml reports/pyproject.toml CMakeLists.txt $(wildcard edgeml/*.py edgeml/*/*.py reports/edgeml_report/* native/src/* native/include/*) | check-tools
 	@test -d $(DEMO_VENV) || $(PYTHON) -m venv $(DEMO_VENV)
 	@echo "installing the runtime and building its C extension into $(DEMO_VENV) ..."
-	@$(DEMO_VENV)/bin/pip install --quiet --disable-pip-version-check . ./reports
+	@$(DEMO_VENV)/bin/pip install --quiet --disable-pip-version-check . "./reports[plots]"
 	@touch $@
 
 # Everything: C tests under sanitizers, lint and types, Python tests against the installed package.

@@ -1,7 +1,8 @@
-"""What edgeml does, shown in under two minutes: answers, less memory, a mixture larger than the memory it gets, and a report of it all.
+"""What edgeml does, shown in under two minutes: answers, less memory and what that costs, a mixture larger than its memory, a report.
 
-Run by `make demo`. Needs the runtime only (no torch). Bundles: `models/multitask-text.edgeml` of this repository where it is there, a
-made toy otherwise, and for the third part a mixture of 256 MiB written into a temporary directory and removed afterwards.
+Run by `make demo`. Needs the runtime and its reports (no torch). Bundles: `models/multitask-text.edgeml` of this repository where it is
+there, a made toy otherwise, and for the fourth part a mixture of 256 MiB written into a temporary directory and removed afterwards.
+Data: `examples/texts`, sentences that were written for this project, so that a checkout has something to score.
 """
 
 from __future__ import annotations
@@ -17,29 +18,47 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 try:
+    from edgeml_report import document, to_html
+
     import edgeml
     from edgeml.bundle import Bundle
     from edgeml.errors import DeviceError, EdgemlError
     from edgeml.made import LARGE, make_mixture
     from edgeml.manifest import load_manifest
+    from edgeml.records import read
     from edgeml.session import Session
 except KeyboardInterrupt:
     sys.exit(130)
 except ImportError as missing:
-    sys.exit(f"edgeml demo: the runtime is not installed here ({missing}); run `make demo`, or `pip install .` first")
+    sys.exit(f'edgeml demo: edgeml is not installed here ({missing}); run `make demo`, or `pip install . "./reports[plots]"` first')
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "build" / "demo-report.html"
 MODEL = ROOT / "models" / "multitask-text.edgeml"
+TEXTS = ROOT / "examples" / "texts"
 WIDTH = 88
 BUDGETS = ("100%", "50%", "25%", "0%")
 ROUNDS, WARMUP = 30, 8
 TOKENS = 32
+#: A budget at which masking loses something, so that there is something to see.
+TIGHT = "10%"
+#: Variants beside the model masked at `TIGHT`: (name, setting of `edgeml eval --also`, what the table calls it).
+VARIANTS: tuple[tuple[str, str, str], ...] = (
+    ("masked 25%", "residency=masked,memory=25%", "masked, 25% of the experts' memory"),
+    ("exact 10%", "memory=10%", "exact, 10%"),
+    ("half", "experts-kept=0.5", "half of the experts, by usage"),
+    ("three domains", "experts-kept=0.25,kept-for=finance+law+stem", "a quarter, those of three domains"),
+)
+SPECIALISED = "0.25"
+MADE = (
+    "A made data set: {rows} sentences written for this project, in {domains} domains, each with the answer that it should get "
+    "(examples/texts). They are few and easy: they show how quality is accounted for, not how good the model is."
+)
 
 #: Texts of our own, each with the task that is asked.
 QUESTIONS: tuple[tuple[str, str], ...] = (
@@ -85,7 +104,7 @@ class Pass:
 
 
 def main() -> int:
-    """Show the four parts; returns the exit code."""
+    """Show the five parts; returns the exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that the temporary directory goes
     started = time.perf_counter()
     try:
@@ -93,6 +112,7 @@ def main() -> int:
             path, questions = find_model(Path(place))
             show_answers(path, questions)
             show_budgets(path, questions)
+            show_quality(Path(place), path)
             show_paging(Path(place))
             show_report(Path(place), path, questions[0][0])
         print(f"\nAll of this took {time.perf_counter() - started:.0f} s. Next: edgeml --help")
@@ -127,10 +147,10 @@ def find_model(place: Path) -> tuple[Path, Sequence[tuple[str, str]]]:
     """The repository's model and the texts it can answer; or a made toy, said so."""
     if MODEL.is_file():
         with Bundle.open(MODEL) as bundle:
-            known = {task.name for task in load_manifest(bundle).tasks}
+            known = {task.name for task in load_manifest(bundle).tasks if task.labels}
         questions = [(task, text) for task, text in QUESTIONS if task in known]
         if questions:
-            print(f"Model: {MODEL.relative_to(ROOT)}, {MODEL.stat().st_size / (1 << 20):.1f} MiB, {len(known)} tasks")
+            print(f"Model: {MODEL.relative_to(ROOT)}, {MODEL.stat().st_size / (1 << 20):.1f} MiB, {len(known)} tasks and sentence vectors")
             return MODEL, questions
     say(f"{MODEL.relative_to(ROOT)} is not here, so a toy with random weights answers: its labels mean nothing, all else is real.")
     toy = place / "toy.edgeml"
@@ -207,9 +227,51 @@ def show_budgets(path: Path, questions: Sequence[tuple[str, str]]) -> None:
         say("No answer changed: the experts that were left out matter little to these texts.")
 
 
+def show_quality(place: Path, path: Path) -> None:
+    """Part 3: labelled sentences, answered by variants beside the whole model."""
+    title(3, "What less memory costs in quality")
+    if path != MODEL:
+        say(f"Left out: a toy has no quality to lose. It needs {MODEL.relative_to(ROOT)}.")
+        return
+    also = [part for name, setting, _ in VARIANTS for part in ("--also", f"{name},{setting}")]
+    tight = ["--memory", TIGHT, "--residency", "masked"]
+    ask = ["eval", str(path), *tight, "--reference", str(path), *also, "--specialise", SPECIALISED, "--data", str(TEXTS)]
+    (line,) = edgeml_lines(*ask, "--records", str(place / "quality.jsonl"), "--json", "--quiet")
+    found = json.loads(line)
+    say(MADE.format(rows=found["retention"]["n"], domains=len(found["domains"])))
+    print(f"\n{'':<36} {'weights':>9} {'% kept (95 %)':>23}  least kept in")
+    names = [f"masked, {TIGHT} of the experts' memory", *(shown for _, _, shown in VARIANTS)]
+    for shown, one in zip(names, found["variants"], strict=True):
+        weights = "-" if one["experts_kept"] else f"{one['memory_budget_bytes'] / (1 << 20):.1f} MiB"
+        print(f"{shown:<36} {weights:>9} {between(one['retention'], 100, 1):>23}  {worst(one['domains'])}")
+    print()
+    say("Kept: of what the whole model scores above chance, on the same sentences. And three figures of this project (docs/metrics.md):")
+    gap = next(one["gg"] for one in found["variants"] if one["gg"] is not None)
+    print(f"    GG    {between(gap, 100, 1)} points more lost by the last variant on the three other domains")
+    print(f"    DSI   {between(found['dsi'])}: 0, a quarter chosen for a domain is as good on others")
+    print(f"    CDTR  {between(found['cdtr'])}: 1, another domain's quarter does as well; 0, it is no help")
+    if any(found[name].get("near_clip") for name in ("dsi", "cdtr")):
+        print("    ~ some of its scores are near chance: not to be trusted")
+
+
+def between(found: dict[str, Any], by: float = 1.0, digits: int = 2) -> str:
+    """A figure and its interval."""
+    value, low, high = (f"{by * found[key]:.{digits}f}" for key in ("value", "low", "high"))
+    if low == high:  # not one answer differs, in no resample
+        return value
+    return f"{value} ({low} to {high}){' ~' if found.get('near_clip') else ''}"
+
+
+def worst(domains: dict[str, Any]) -> str:
+    """The domain that kept least, with how much."""
+    kept = {name: one["retention"]["value"] for name, one in domains.items()}
+    name = min(kept, key=lambda one: kept[one])
+    return "-" if kept[name] >= 0.9995 else f"{name}, {100 * kept[name]:.0f} kept"
+
+
 def show_paging(place: Path) -> None:
-    """Part 3: a mixture that is larger than the memory it may use, each budget in a process of its own."""
-    title(3, "When the experts do not fit: a made mixture with 256 MiB of them")
+    """Part 4: a mixture that is larger than the memory it may use, each budget in a process of its own."""
+    title(4, "When the experts do not fit: a made mixture with 256 MiB of them")
     path = place / "large.edgeml"
     free = shutil.disk_usage(place).free
     if free < 320 << 20:
@@ -256,18 +318,28 @@ def advice(full: dict[str, Any], small: dict[str, Any]) -> str:
 
 
 def show_report(place: Path, path: Path, task: str) -> None:
-    """Part 4: the records of part 3 and some of the model on one page."""
-    title(4, "All of it on one page")
+    """Part 5: the records of parts 3 and 4, with how fast the model is and how it routes, on one page."""
+    title(5, "All of it on one page")
     records = place / "records.jsonl"
-    for _ in measure(path, task, records, "--memory", "100%,50%,0%", "--residency", "exact,masked", "--iterations", "100"):
+    for _ in measure(path, task, records, "--memory", f"100%,25%,{TIGHT}", "--residency", "masked,exact", "--iterations", "100"):
         pass
-    files = [str(file) for file in (records, place / "paging.jsonl") if file.exists()]
+    keep = ["--records", str(records), "--json", "--quiet"]
+    also = [["profile", str(path), "--task", task, "--memory", "25%", *keep]]
+    also += [["routing", str(path), "--data", str(TEXTS), "--limit", "8", *keep]] if path == MODEL else []
+    for arguments in also:
+        for _ in edgeml_lines(*arguments):
+            pass
+    found = [record for file in (place / "quality.jsonl", records, place / "paging.jsonl") if file.exists() for record in read(file)]
+    scored = [record["eval"] for record in found if record["kind"] == "eval"]
+    page = document(found)
+    about = [page.about, *(MADE.format(rows=one["retention"]["n"], domains=len(one["domains"])) for one in scored)]
+    about += ["`large.edgeml` has random weights."] * (place / "paging.jsonl").exists()
     REPORT.parent.mkdir(exist_ok=True)
-    for line in edgeml_lines("report", *files, "--output", str(REPORT), "--quiet"):
-        print(line)
-    say(f"Open {REPORT.relative_to(ROOT)} in a browser. `edgeml eval --records` would add what less memory costs in quality.")
+    REPORT.write_text(to_html(replace(page, about=" ".join(about))), "utf-8")
+    say(f"Open {REPORT.relative_to(ROOT)} in a browser: how fast, how large, how much worse, where, and how sure.")
+    say("`edgeml report` makes such a page of the records of any command.")
     if importlib.util.find_spec("matplotlib") is None:
-        say("Its tables have all figures; with `pip install matplotlib` beside edgeml it has plots too.")
+        say('Its tables have all figures; with `pip install "./reports[plots]"` it has plots too.')
 
 
 def measure(path: Path, task: str, records: Path, *options: str) -> Iterator[dict[str, Any]]:
@@ -278,14 +350,14 @@ def measure(path: Path, task: str, records: Path, *options: str) -> Iterator[dic
 
 def edgeml_lines(*arguments: str) -> Iterator[str]:
     """What an edgeml command prints, line by line. Raises `DeviceError` with its last words where it fails."""
+    line = [sys.executable, "-P", "-m", "edgeml.cli", *arguments]
     with tempfile.TemporaryFile() as log:
-        child = subprocess.Popen([sys.executable, "-P", "-m", "edgeml.cli", *arguments], stdout=subprocess.PIPE, stderr=log, text=True)
-        try:
-            yield from child.stdout or ()
-            code = child.wait()
-        finally:
-            child.terminate()
-            child.wait()
+        with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=log, text=True) as child:
+            try:
+                yield from child.stdout or ()
+                code = child.wait()
+            finally:
+                child.terminate()
         if code:
             log.seek(0)
             said = log.read()[-1000:].decode("utf-8", "replace").strip().splitlines()

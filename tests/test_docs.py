@@ -21,7 +21,8 @@ README = (ROOT / "README.md").read_text("utf-8")
 def shown() -> list[str]:
     blocks = re.findall(r"```sh\n(.*?)```", README, re.S)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith("edgeml ")]
+    model = next(line.removeprefix("M=") for line in lines if line.startswith("M="))
+    return [line.replace("$M", model) for line in lines if line.startswith("edgeml ")]
 
 
 def test_every_command_is_in_the_readme() -> None:
@@ -39,11 +40,13 @@ def test_the_readme_shows_commands() -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the README speaks of: a bundle, texts, data for two of its tasks, and a model's source."""
+    """A folder like a checkout, with what the README says is a user's own: data for two tasks, a model's source, and its two exports."""
     place = tmp_path_factory.mktemp("readme")
-    make_mixture(place / "model.edgeml")
+    for name in ("models", "examples"):
+        (place / name).symlink_to(ROOT / name)
+    for name in ("full.edgeml", "small.edgeml"):
+        make_mixture(place / name)
     texts = ["a warm day", "rain and wind", "snow on the trees", "that was bad"]
-    (place / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     for name in ("weather", "mood"):
         task = place / "data" / "text" / "made" / name
         task.mkdir(parents=True)
@@ -80,6 +83,9 @@ def test_commands_in_the_readme_run(line: str, place: Path, monkeypatch: pytest.
         monkeypatch.syspath_prepend(place)
         importlib.import_module("source").write_data(place / "toy")
         words[words.index("data/text")] = "toy"
+        words[words.index("small.edgeml")] = "new.edgeml"  # `diff` compares two exports of one model: the made ones
+    if "--compare" in words:
+        words += ["--seconds", "1"]  # whatever it finds is right here
     assert main(words) == 0
 
 
@@ -94,3 +100,15 @@ def test_make_targets_in_the_readme_exist() -> None:
     makefile = (ROOT / "Makefile").read_text("utf-8")
     for target in set(re.findall(r"(?:`|^ {4})make ([a-z][a-z-]*)", README, re.M)):
         assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_the_made_texts_are_of_the_model_that_is_shipped(capsys: pytest.CaptureFixture[str]) -> None:
+    """Enough rows for intervals in every domain, and the model answers most of them as they say."""
+    assert (
+        main(["eval", str(ROOT / "models" / "multitask-text.edgeml"), "--data", str(ROOT / "examples" / "texts"), "--json", "--quiet"]) == 0
+    )
+    found = json.loads(capsys.readouterr().out)
+    assert found["skipped"] == []
+    assert len(found["domains"]) == 6
+    assert all(one["n"] >= 30 for one in found["domains"].values())
+    assert found["mean"] > 0.8

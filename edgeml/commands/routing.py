@@ -81,9 +81,10 @@ def command(
     storage = Storage(rate.bytes_per_s, _expert_bytes(session), compute_s)
     figures |= advise(figures, experts, top_k, storage)
     figures |= {"disk": rate.as_json(), "expert_bytes": storage.expert_bytes, "tasks": [task.name for task in matched], "skipped": skipped}
+    settings |= {"split": split, "limit": limit, "tasks": tasks}
     if records_file is not None:
-        append(records_file, complete("routing", settings | {"split": split, "limit": limit}, routing=dict(figures)))
-    figures["record"] = record(Timing(), settings | {"split": split, "limit": limit}, "routing")
+        append(records_file, complete("routing", settings, routing=dict(figures)))
+    figures["record"] = record(Timing(), settings, "routing")
     if picture is not None:
         title = f"{session.bundle.path.name}: how often an expert is in memory"
         note = f"{figures['tokens']} tokens of {figures['texts']} texts, all sites sharing one cache, warm"
@@ -146,7 +147,7 @@ def _lines(figures: dict[str, Any], rate: ReadRate) -> Iterator[str]:
         yield from _curves(figures[key], title)
     yield ""
     past = "past the system's cache" if rate.direct else "through the system's cache"
-    yield f"read {rate.reads} pages in {rate.duration_s:.2f} s, {past}: {rate.bytes_per_s / 1e6:.0f} MB/s"
+    yield f"read {rate.reads} pages in {rate.duration_s:.2f} s, {past}: {rate.bytes_per_s / (1 << 20):.0f} MiB/s"
     yield figures["advice"]
 
 

@@ -74,10 +74,12 @@ def test_predict(place: Path) -> None:
     assert image["tokens"] is None
 
 
-def test_probe_writes_a_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_writes_a_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     made = profiles()["box-2gb"]
     monkeypatch.setattr(probe_module, "measure_profile", lambda *_: made)
-    assert call("probe", "-o", tmp_path / "x.toml") == ""
+    assert main(["device", "probe", "-o", str(tmp_path / "x.toml")]) == 0
+    assert capsys.readouterr() == ("", f"note: the profile is in {tmp_path / 'x.toml'}\n")
+    assert call("probe", "-o", tmp_path / "x.toml", "--quiet") == ""
     assert parse_profile((tmp_path / "x.toml").read_bytes(), "x") == made
     assert json.loads(call("probe", "--json"))["name"] == "box-2gb"
     assert call("probe").startswith("schema = 1\n")
@@ -99,6 +101,11 @@ def test_bench_under_limits(place: Path) -> None:
     assert said["scale"]["low"] <= said["scale"]["value"] <= said["scale"]["high"]
     assert scaled["value"] > 0
     assert len(said["held"]) + len(said["not_held"]) == 3
+
+
+def test_quiet_is_quiet(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["device", "run", str(place / "toy.edgeml"), *BENCH, "--here", str(place / "here.toml"), "--", *SHORT]) == 0
+    assert capfd.readouterr().err == ""
 
 
 def test_run_under_limits(place: Path) -> None:

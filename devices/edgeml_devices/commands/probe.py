@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from edgeml.bundle_writer import write_file
-from edgeml.commands._options import json_option, progress, quiet_option
+from edgeml.commands._options import json_option, notes, progress, quiet_option
 from edgeml.device import NAME, Profile, write_profile
 from edgeml.errors import UsageError
 from edgeml_devices.hardware import STEPS, measure_profile
@@ -34,6 +34,7 @@ def command(output: str | None, name: str, folder: Path | None, quiet: bool, as_
     profile = measured(folder or Path.cwd(), quiet, name)
     if output is not None:
         write_file(Path(output), [write_profile(profile)])
+        notes([f"the profile is in {output}"], quiet)
     if as_json:
         click.echo(json.dumps(profile.as_json(), allow_nan=False))
     elif output is None:

@@ -72,7 +72,7 @@ def command(
     with emulated(limits) as emulation:
         notes([f"held: {line}" for line in emulation.held] + [f"not held: {line}" for line in emulation.not_held], quiet)
         notes(["the processor's speed is scaled, not emulated"], quiet)
-        code, output = _run(verb, bundle, arguments, emulation, as_json or verb == "bench")
+        code, output = _run(verb, bundle, arguments, emulation, as_json or verb == "bench", quiet)
         peak = emulation.peak_memory_bytes()
     if verb == "run" and not as_json:
         click.echo(output, nl=False)
@@ -97,9 +97,9 @@ def _limits(profile: Profile, folder: Path) -> Limits:
     return Limits(min(usable, room), None if rate is None else int(rate), None if cores is None else int(cores), folder)
 
 
-def _run(verb: str, bundle: str, arguments: tuple[str, ...], emulation: Emulation, as_json: bool) -> tuple[int, str]:
+def _run(verb: str, bundle: str, arguments: tuple[str, ...], emulation: Emulation, as_json: bool, quiet: bool) -> tuple[int, str]:
     """Run the command in the groups; returns its code and what it printed. Its progress and its errors are the user's to see."""
-    extra = ["--json"] if as_json and "--json" not in arguments else []
+    extra = [option for option, wanted in (("--json", as_json), ("--quiet", quiet)) if wanted and option not in arguments]
     line = [sys.executable, "-P", "-m", "edgeml.cli", verb, os.path.abspath(bundle), *arguments, *extra]
     paths = os.pathsep.join(dict.fromkeys([*_homes(), *filter(None, [os.environ.get("PYTHONPATH")])]))
     with tempfile.TemporaryFile() as out:
