@@ -58,7 +58,9 @@ class MissingExtra(UsageError):
     """An optional dependency is missing; the message carries the install line."""
 
     def __init__(self, what: str, extra: str) -> None:
-        super().__init__(f"{what} needs the extra '{extra}': pip install 'edgeml-runtime[{extra}]'")
+        room = {"export": "./exporters", "devices": "./devices", "report": "./reports"}.get(extra)
+        source = f" (from a checkout: pip install {room})" if room else ""
+        super().__init__(f"{what} needs the extra '{extra}': pip install 'edgeml-runtime[{extra}]'{source}")
 
 
 class InputError(EdgemlError):

@@ -75,6 +75,7 @@ def job_of(bundle: str, options: Mapping[str, Any], combinations: list[dict[str,
     cold = 0 if workload is not None or on_images(chosen[0]) else options["cold"]  # nothing is paged, or not by one request alone
     job: dict[str, Any] = {"bundle": os.path.abspath(bundle), "task": ",".join(one.name for one in chosen), "limits": limits}
     job |= {"iterations": iterations, "warmup": warmup, "cold": cold}
+    job["input_files"] = [Path(one).name for one in (options["source"] or "-", *options["images"]) if one != "-"]
     if workload is not None:
         return job | {"workload": _mix_workload(workload, Path(options["workload"]), {task.name: task for task in chosen})}
     if isinstance(chosen[0].preprocess, ImagePreprocess):

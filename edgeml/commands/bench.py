@@ -15,7 +15,7 @@ from edgeml.commands._bench_child import Worker
 from edgeml.commands._bench_compare import Other, against_records, names_of, parse_other, sentence, take_turns
 from edgeml.commands._bench_job import DEFAULT_ROUNDS, DEFAULT_WARMUP, combinations_of, job_of, job_options, their_job
 from edgeml.commands._options import Number, bundle_argument, json_option, notes, progress, quiet_option, records_option, variant_options
-from edgeml.compare import FEWEST_PAIRS, Comparison
+from edgeml.compare import FEWEST_PAIRS, Comparison, busy
 from edgeml.errors import EdgemlError, QualityRefused, UsageError
 from edgeml.measure import P99_AT_LEAST
 from edgeml.records import Record, append
@@ -146,9 +146,12 @@ def _in_turns(
     jobs = [ours | {"turns": True}, theirs | {"turns": True}]
     found, (first, second) = take_turns(jobs, allowed, seconds, ours["iterations"], lambda: step(1))
     known = {key: second[key] for key in ("bundle", "bundle_id", "memory", "residency", "threads", "variant")}
-    out.keep(first | {"arm": "A", "compare": {"how": "turns", "with": known, **found.as_json()}})
+    asked = {"iterations": ours["iterations"], "seconds": seconds}
+    out.keep(first | {"arm": "A", "compare": {"how": "turns", "with": known, **asked, **found.as_json()}})
     out.keep(second | {"arm": "B", "compare": None})
     out.judge(found, *names_of(ours, theirs, other.settings), "pairs of turns")
+    if busy(first):
+        out.changed.append(f"other programs ran (load average {first['load_average']:.1f}); what they slow down looks like a difference")
 
 
 def _against_records(ours: dict[str, Any], other: Other, allowed: float, step: Callable[[int], None], out: _Out) -> None:

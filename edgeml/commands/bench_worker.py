@@ -40,6 +40,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
             session.load(name)
         settings["rss_after_open_bytes"] = rss_bytes()
         settings |= session.settings() | {"task": job["task"], "warmup": job["warmup"], "notes": list(session.notes)}
+        settings["input_files"] = job.get("input_files", [])
         run = _mix if job["workload"]["kind"] == "mix" else _rounds
         timing, workload, figures = run(session, job)
         notes = settings["notes"] + figures.pop("notes", [])

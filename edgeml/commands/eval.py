@@ -40,6 +40,11 @@ class _Asked:
     seen: dict[str, list[str] | None]
 
 
+#: Options that a record repeats: which data, and which experts.
+DATA = ("split", "limit", "tasks", "task", "text_column", "pair_column", "label_column")
+EXPERTS = ("experts_kept", "kept_by", "kept_for", "specialise")
+
+
 @click.command("eval")
 @click.argument("bundle", type=click.Path(), required=False)
 @click.option(
@@ -110,6 +115,7 @@ def command(
         if bundle is not None or any(options[key] for key in ("data", "predictions", "reference", "also", "specialise", "learn")):
             raise UsageError("--from-predictions scores what was answered: leave out the bundle, --data and what else is for running it")
         found = _rescored(Path(from_predictions), seen, gates, options["seed"])
+        notes(["DSI_route is not told: routing is followed only where a model answers"] * (found["dsi"] is not None), quiet)
     elif bundle is None or options["data"] is None:
         raise UsageError("give a bundle and --data, or --from-predictions with the answers of an earlier run")
     else:
@@ -117,7 +123,8 @@ def command(
     click.echo(json.dumps(found, allow_nan=False) if as_json else "\n".join(table(found)))
     if records_file is not None:
         shown = {key: value for key, value in found.items() if key != "record"}
-        settings = found["record"] or {key: found["variants"][0][key] for key in SHOWN}
+        rescored = {key: found["variants"][0][key] for key in SHOWN} | {"from_predictions": Path(from_predictions or "").name}
+        settings = found["record"] or rescored
         append(records_file, complete("eval", settings, eval=shown))
     if refused := list(broken_gates(found, **gates)):
         raise QualityRefused("; ".join(refused))
@@ -159,7 +166,7 @@ def _evaluated(
     routed(found, _counts(bundle, asked.groups, options["threads"], quiet) if options["specialise"] is not None else None)
     if learned is not None:
         found["learned"] = learned
-    settings = {key: options[key] for key in ("split", "limit", "experts_kept", "kept_by", "kept_for", "specialise")}
+    settings = {key: options[key] for key in (*DATA, *EXPERTS)}
     settings |= {"reference_bundle_id": None if found["reference"] is None else found["reference"]["bundle_id"]}
     return found | {"skipped": list(asked.skipped), "record": record(timings[0], dict(variants[0].settings) | settings, "eval")}
 

@@ -85,6 +85,7 @@ def command(
         assert warm is not None
         document: dict[str, Any] = {
             "task": job["task"],
+            "input_files": job["input_files"],
             "workload": {key: value for key, value in job["workload"].items() if key not in ("texts", "paths")},
             "cold": phase_figures(recorder, "cold"),
             "warm": warm,

@@ -108,8 +108,8 @@ def _profile(device: str, quiet: bool) -> Profile:
         if not (error.name or "").startswith("edgeml_devices"):
             raise
         raise UsageError(
-            f"the device '{device:.60}' is looked up in edgeml-devices, which is not installed: pip install 'edgeml-runtime[devices]', "
-            "or give the TOML file of a profile"
+            f"the device '{device:.60}' is looked up in edgeml-devices, which is not installed: pip install 'edgeml-runtime[devices]' "
+            "(from a checkout: ./devices), or give the TOML file of a profile"
         ) from None
     return find(device, lambda: measured(Path.cwd(), quiet))
 

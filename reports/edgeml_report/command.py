@@ -28,7 +28,7 @@ def command(files: tuple[str, ...], output: str | None, kind: str | None, quiet:
     """How fast, how large, how much worse, where, and how sure: records of other commands on one page.
 
     RECORDS are files that `--records FILE` of bench, eval, profile, routing, diff or device wrote. The page needs no network and no
-    other file. Its plots need the extra 'report'; without it the tables show the same figures.
+    other file. Its plots need matplotlib; without it the tables show the same figures.
 
     Example: edgeml report records.jsonl -o report.html
     """
@@ -54,6 +54,6 @@ def command(files: tuple[str, ...], output: str | None, kind: str | None, quiet:
         click.echo(json.dumps(found))
         return
     if chosen == "html" and not drawn:
-        notes(["plots are left out, the tables have their figures; pip install 'edgeml-runtime[report]' for them"], quiet)
+        notes(["plots are left out, the tables have their figures; pip install matplotlib for them"], quiet)
     if not quiet:
         click.echo(f"{output}: {plural(len(records), 'record')}" + (f"; not measured yet: {', '.join(missing)}" if missing else ""))

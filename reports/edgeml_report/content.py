@@ -5,7 +5,7 @@ Strings hold no markup but backticks around code; names that come from records h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,4 +112,4 @@ class Document:
     about: str
     tiles: Sequence[Tile]
     sections: Sequence[Section]
-    figures: Sequence[dict[str, Any]] = field(default=())
+    figures: Iterable[dict[str, Any]] = field(default=())

@@ -89,4 +89,4 @@ def _grown(name: str, parts: Sequence[Mapping[str, Any]], title: str) -> list[Pl
     alt = f"The error of {title} along a request: {_share(chain[0], key)} after {names[0]}, {_share(chain[-1], key)} after {names[-1]}."
     alt += f" It grows most at {clean(most[1].get('name'))}." if most is not None else ""
     errors, alone = ([100 * (figure(part, which) or 0.0) for part in chain] for which in (key, "alone_error"))
-    return [Plot(f"{name}-grown", "Error along a request", alt, plots.trail(names, errors, alone), height=260)]
+    return [Plot(f"{name}-grown", f"Error along a request, {title}", alt, plots.trail(names, errors, alone), height=260)]

@@ -39,7 +39,10 @@ def _lines(document: Document) -> Iterator[str]:
     for section in document.sections:
         if section.filled:
             yield from (f"## {_escaped(section.title)}", "", _escaped(section.lead), "")
+            drawn = {block.alt for block in section.blocks if isinstance(block, Plot)}
             for block in section.blocks:
+                if isinstance(block, str) and block in drawn:
+                    continue  # the plot's words are these
                 yield from _block(block)
                 yield ""
     missing = [section for section in document.sections if not section.filled]

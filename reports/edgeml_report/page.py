@@ -3,29 +3,57 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 
 from edgeml_report import plots
+from edgeml_report.bounds import MOST_ROWS, bounded
 from edgeml_report.content import Block, Cell, Code, Document, Plot, Section, Table, Tile, Whisker
-from edgeml_report.text import UNMEASURED
+from edgeml_report.text import UNMEASURED, listed
 
 __all__ = ["to_html"]
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 UNPLOTTED = (
-    "Plots are left out, the tables have their figures: `pip install 'edgeml-runtime[report]'` and make the report again to see them."
+    "Plots are left out, the tables have their figures: `pip install matplotlib` and make the report again to see them."
 )
+
+#: Bytes of a page and of its plots, and rows of a table, fewer where the page would be too large.
+MOST_BYTES, MOST_DRAWN, ROWS = 2_000_000, 1_200_000, (MOST_ROWS, 60, 20, 6)
 
 
 def to_html(document: Document, plotted: bool | None = None) -> str:
-    """The page. `plotted`: with plots, by default where matplotlib is installed; without, a sentence says how to get them."""
+    """The page. `plotted`: with plots, by default where matplotlib is installed; without, a sentence says how to get them.
+
+    It stays below `MOST_BYTES`: the largest plots are left out before tables end early, and the page says which.
+    """
     drawn = plots.available() if plotted is None else plotted
-    return "\n".join(_page(document, drawn)) + "\n"
+    drawings = _drawings(document) if drawn else {}
+    left = [f"\u201c{plot.title}\u201d" for plot in _plots_of(document) if drawn and plot.name not in drawings]
+    note = f"Left out, to keep the page small: the plots {listed(left)}. The tables have their figures." if left else ""
+    for rows in ROWS:
+        page = "\n".join(_page(bounded(document, rows), drawings, drawn, note)) + "\n"
+        if len(page.encode()) <= MOST_BYTES:
+            break
+    return page
 
 
-def _page(document: Document, drawn: bool) -> Iterator[str]:
+def _plots_of(document: Document) -> list[Plot]:
+    return [block for section in document.sections for block in section.blocks if isinstance(block, Plot)]
+
+
+def _drawings(document: Document) -> dict[str, str]:
+    """Each plot's `<svg>` elements by its name, without the largest where all are too large."""
+    found = {}
+    for plot in _plots_of(document):
+        found[plot.name] = "\n".join(plots.svg(plot, wide) for wide in ((True, False) if plot.wide else (False,)))
+    while sum(map(len, found.values())) > MOST_DRAWN:
+        del found[max(found, key=lambda name: len(found[name]))]
+    return found
+
+
+def _page(document: Document, drawings: Mapping[str, str], drawn: bool, note: str) -> Iterator[str]:
     style = files("edgeml_report").joinpath("page.css").read_text("utf-8")
     filled = [section for section in document.sections if section.filled]
     empty = [section for section in document.sections if not section.filled]
@@ -43,10 +71,11 @@ def _page(document: Document, drawn: bool) -> Iterator[str]:
     yield '<h2 id="headline" class="unseen">In short</h2>\n<dl class="tiles">'
     yield from map(_tile, document.tiles)
     yield "</dl>"
-    yield from (f'<p class="about">{_inline(note)}</p>' for note in (document.about, "" if drawn or not filled else UNPLOTTED) if note)
+    about = (document.about, note, "" if drawn or not filled else UNPLOTTED)
+    yield from (f'<p class="about">{_inline(said)}</p>' for said in about if said)
     yield "</section>"
     for section in filled:
-        yield from _section(section, drawn)
+        yield from _section(section, drawings)
     if empty:
         yield '<section aria-labelledby="unmeasured">\n<h2 id="unmeasured">Not measured yet</h2>\n<dl class="missing">'
         yield from (f'<dt id="{section.name}">{escape(section.title)}</dt><dd>{_inline(section.lead)}</dd>' for section in empty)
@@ -61,7 +90,7 @@ def _tile(tile: Tile) -> str:
     return f"<div><dt>{escape(tile.question)}</dt>{answer}<dd>{_inline(tile.detail)}</dd>{warning}</div>"
 
 
-def _section(section: Section, drawn: bool) -> Iterator[str]:
+def _section(section: Section, drawings: Mapping[str, str]) -> Iterator[str]:
     yield f'<section aria-labelledby="{section.name}">\n<h2 id="{section.name}">{escape(section.title)}</h2>'
     yield f"<p>{_inline(section.lead)}</p>"
     pictures: list[Plot] = []
@@ -69,21 +98,21 @@ def _section(section: Section, drawn: bool) -> Iterator[str]:
         if isinstance(block, Plot):
             pictures.append(block)
             continue
-        yield from _figures(pictures, drawn)
+        yield from _figures(pictures, drawings)
         pictures = []
         yield from _block(block, f"{section.name}-{number}")
-    yield from _figures(pictures, drawn)
+    yield from _figures(pictures, drawings)
     yield "</section>"
 
 
-def _figures(pictures: Sequence[Plot], drawn: bool) -> Iterator[str]:
+def _figures(pictures: Sequence[Plot], drawings: Mapping[str, str]) -> Iterator[str]:
     """Plots that stand next to each other where there is room."""
-    if pictures and drawn:
+    shown = [plot for plot in pictures if plot.name in drawings]
+    if shown:
         yield '<div class="plots">'
-        for plot in pictures:
-            drawings = "\n".join(plots.svg(plot, wide) for wide in ((True, False) if plot.wide else (False,)))
+        for plot in shown:
             yield f'<figure class="{"both" if plot.wide else "one"}">\n<figcaption>{_inline(plot.title)}</figcaption>'
-            yield f"{drawings}\n</figure>"
+            yield f"{drawings[plot.name]}\n</figure>"
         yield "</div>"
 
 

@@ -34,11 +34,13 @@ _ROLE = re.compile(r"#0102([0-9a-f]{2})")
 _NAMES = list(ROLES)
 #: matplotlib names the fonts it measured with; the page has its own.
 _FONT = re.compile(r"font-family: [^;]*(; )?")
+#: A hundredth of a pixel is enough for a path.
+_LONG = re.compile(r"(\.[0-9]{2})[0-9]+")
 WIDE, NARROW = 960, 376
 #: Times an expert's even share, from where the next shade begins.
 USAGE_LEVELS = ((0.0, "never"), (0.5, "under \u00bd"), (1.0, "\u00bd to 1"), (2.0, "1 to 2"), (4.0, "2 to 4"), (float("inf"), "over 4"))
 DASHES = ["-", (0, (6, 2)), (0, (2, 1.5)), "-.", (0, (9, 3)), ":"]
-MOST_COLUMNS, MOST_SITES = 128, 40
+MOST_COLUMNS, MOST_SITES, MOST_MARKS = 128, 40, 300
 #: Where a point's number may stand, in pixels from it, the best place first.
 ASIDE = [(9, 10), (-9, 10), (9, -11), (-9, -11), (14, 0), (-14, 0), (9, 23), (-9, 23), (9, -24), (-9, -24), (23, 10), (23, -11)]
 #: The part of memory that is nothing in particular.
@@ -109,8 +111,7 @@ def _inline(source: str, name: str, title: str, alt: str) -> str:
         if link is not None:
             element.set("href", f"#{name}-{link.removeprefix('#')}")
         for key, value in element.items():
-            value = value.replace("url(#", f"url(#{name}-")
-            element.set(key, _FONT.sub("", _ROLE.sub(_variable, value)))
+            element.set(key, _value(key, value, name))
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag in ("metadata", "title"):
@@ -123,6 +124,13 @@ def _inline(source: str, name: str, title: str, alt: str) -> str:
         told.text = words
         root.insert(place, told)
     return ElementTree.tostring(root, encoding="unicode")
+
+
+def _value(key: str, value: str, name: str) -> str:
+    """An attribute with our ids, colours and fonts, and of a path no more digits than can be seen."""
+    if key == "d":
+        return _LONG.sub(r"\1", value)
+    return _FONT.sub("", _ROLE.sub(_variable, value.replace("url(#", f"url(#{name}-")))
 
 
 def _variable(match: re.Match[str]) -> str:
@@ -308,18 +316,12 @@ def timeline(events: Sequence[tuple[float, float, float]]) -> Draw:
 
     def draw(figure: Any, wide: bool) -> None:
         axes = _axes(figure, wide, _height(figure), left=62, top=30)
-        by_end = sorted(events, key=lambda event: event[1])
-        came, total = [0.0], 0.0
-        for _, _, size in by_end:
-            total += size
-            came.append(total)
-        first = min(start for start, _, _ in events)
-        at = [first, *(end for _, end, _ in by_end)]
+        at, came = _risen(events)
+        total = came[-1]
         axes.fill_between(at, came, step="post", color=SERIES[0], alpha=0.18, linewidth=0)
         axes.step(at, came, where="post", color=SERIES[0], linewidth=2)
-        axes.hlines(
-            [-0.055 * total] * len(events), *zip(*((start, end) for start, end, _ in events), strict=True), color=SERIES[1], linewidth=6
-        )
+        marks = [place for start, end in _joined(events) for place in (start, end, float("nan"))]
+        axes.plot(marks, [-0.055 * total] * len(marks), color=SERIES[1], linewidth=6, solid_capstyle="butt")
         axes.set_ylim(-0.1 * total, 1.05 * total)
         axes.margins(x=0.01)
         axes.set_xlabel("time, ms")
@@ -328,6 +330,34 @@ def timeline(events: Sequence[tuple[float, float, float]]) -> Draw:
         _legend(figure, [_key(color=colour, linewidth=width, label=words) for colour, width, words in looks], 2)
 
     return draw
+
+
+def _risen(events: Sequence[tuple[float, float, float]]) -> tuple[list[float], list[float]]:
+    """Times and what had come by then, in at most about `MOST_MARKS` steps: the last of those that a reader could not tell apart."""
+    at, came, total = [min(start for start, _, _ in events)], [0.0], 0.0
+    step = (max(end for _, end, _ in events) - at[0]) / MOST_MARKS
+    since = at[0]
+    for _, end, size in sorted(events, key=lambda event: event[1]):
+        total += size
+        if end - since < step and len(at) > 1:
+            at[-1], came[-1] = end, total
+        else:
+            at.append(end)
+            came.append(total)
+            since = end
+    return at, came
+
+
+def _joined(events: Sequence[tuple[float, float, float]]) -> list[tuple[float, float]]:
+    """When pages were being read, as at most about `MOST_MARKS` spans: those that touch, or nearly, are one; none is too thin to see."""
+    gap = (max(end for _, end, _ in events) - min(start for start, _, _ in events)) / MOST_MARKS
+    spans: list[tuple[float, float]] = []
+    for start, end, _ in sorted(events):
+        if spans and start - spans[-1][1] < gap:
+            spans[-1] = (spans[-1][0], max(end, spans[-1][1]))
+        else:
+            spans.append((start, end))
+    return [(start, max(end, start + gap)) for start, end in spans]
 
 
 def curves(found: Mapping[str, Mapping[float, float]]) -> Draw:

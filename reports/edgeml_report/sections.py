@@ -6,11 +6,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from edgeml_report import diff_section, quality, speed
+from edgeml_report.bounds import MOST_ROWS, bounded
 from edgeml_report.content import Cell, Column, Document, Section, Table, Tile
 from edgeml_report.devices import devices
 from edgeml_report.reproduce import reproduce
-from edgeml_report.runs import Quality, Record, documents, figure, labels, mapping, qualities, quality_of, text, weights_of
-from edgeml_report.text import UNMEASURED, clean, interval, listed, mib, milliseconds, named, percent, plural, size
+from edgeml_report.runs import (
+    Quality,
+    Record,
+    comparable,
+    documents,
+    figure,
+    labels,
+    mapping,
+    qualities,
+    qualities_of,
+    quality_of,
+    rows_of,
+    text,
+    weights_of,
+)
+from edgeml_report.text import UNMEASURED, clean, count, listed, mib, milliseconds, named, percent, plural, points, size
 
 __all__ = ["document"]
 
@@ -34,10 +49,11 @@ ENVIRONMENT = {
 def document(records: Sequence[Record]) -> Document:
     """The report of `records`, in their order."""
     scored = qualities(records)
+    compared, others = comparable(records, scored)
     sections = [
-        quality.tradeoffs(records, scored),
-        quality.domains(scored, records),
-        quality.indices(scored, records),
+        quality.tradeoffs(records, compared, others),
+        quality.domains([*compared, *others], records),
+        quality.indices([*compared, *others], records),
         diff_section.lost(records),
         speed.latency(records),
         speed.paging(records),
@@ -50,22 +66,25 @@ def document(records: Sequence[Record]) -> Document:
     bundles = list(dict.fromkeys(text(record, "bundle") or "unnamed" for record in records))
     machines = list(dict.fromkeys(_machine(record) for record in records))
     subtitle = f"{plural(len(records), 'record')} measured on {listed(machines, 3)}"
-    tiles, about = _headline(records, scored)
-    return Document(listed(bundles, 3), subtitle, about, tiles, [one for one in sections if one is not None], list(_figures(records)))
+    tiles, about = _headline(records, compared, others)
+    filled = [one for one in sections if one is not None]
+    return bounded(Document(listed(bundles, 3), subtitle, about, tiles, filled, _Figures(records)), MOST_ROWS)
 
 
-def _headline(records: Sequence[Record], scored: Sequence[Quality]) -> tuple[list[Tile], str]:
-    """Five questions. They are about the variant that was scored first and is not the reference itself, and about its timing."""
-    best = next((one for one in scored if not one.itself), scored[0] if scored else None)
+def _headline(records: Sequence[Record], scored: Sequence[Quality], others: Sequence[Quality]) -> tuple[list[Tile], str]:
+    """Five questions. They are about the first variant that is not the reference itself, one that was also timed before others."""
     timed = [record for record, _ in documents(records, "bench")]
+    used = {id(one) for one in qualities_of(timed, scored)}
+    lossy = [one for one in scored if not one.itself]
+    best = next((one for one in lossy if id(one) in used), next(iter(lossy or scored), None))
     record = next((one for one in timed if best is None or quality_of(one, [best])), timed[0] if timed else None)
     own = best if record is None or best is None or quality_of(record, [best]) else None
     tiles = [_fast(record), _large(record, best), _worse(best), _where(best), _sure(best)]
     said = []
     if record is not None and len(timed) > 1:
         said.append(f"Timed: {labels(timed)[0][timed.index(record)]}.")
-    if best is not None and len(scored) > 1:
-        said.append(f"Scored: {named(best.name)}.")
+    if best is not None and len(scored) + len(others) > 1:
+        said.append(f"Scored: {named(best.name)}" + (f", on {rows_of(best)}." if others else "."))
     if best is not None and own is None:
         said.append("What was timed is not what was scored: their bundle, residency or budget differ.")
     return tiles, " ".join(said)
@@ -101,26 +120,35 @@ def _worse(best: Quality | None) -> Tile:
     question = "How much worse"
     if best is None:
         return Tile(question, None, "`edgeml eval` scores it")
-    kept = figure(best.figures, "retention.value")
+    kept, score, reference = (figure(best.figures, key) for key in ("retention.value", "mean", "reference_mean"))
     if kept is None:
-        mean = figure(best.figures, "mean")
         detail = "mean score; a reference would say how much was lost"
-        return Tile(question, None, f"{percent(mean)} {detail}" if mean is not None else "`edgeml eval` scores it")
-    score, reference = figure(best.figures, "mean"), figure(best.figures, "reference_mean")
-    scores = "" if score is None or reference is None else f"; mean score {percent(score)}, was {percent(reference)}"
-    return Tile(question, percent(kept), f"of the reference's quality kept ({interval(best.retention)}){scores}")
+        return Tile(question, None, f"{percent(score)} {detail}" if score is not None else "`edgeml eval` scores it")
+    held = f"{percent(kept)} of the reference's score above chance is kept ({quality.kept_interval(best.retention)})"
+    if score is None or reference is None:
+        return Tile(question, f"{percent(abs(1 - kept))} {_lost(1 - kept)}", held)
+    lost = f"{points(abs(reference - score)).lstrip('+')} {_lost(reference - score)}"
+    return Tile(question, lost, f"mean score {percent(score)}, was {percent(reference)}; {held}")
+
+
+def _lost(amount: float) -> str:
+    return "gained" if amount < 0 else "lost"
 
 
 def _where(best: Quality | None) -> Tile:
+    """The domain that lost most, of those whose interval lies below 100 %."""
     known = {name: mapping(one, "retention") for name, one in mapping(best.figures if best else {}, "domains").items()}
     values = {name: value for name, one in known.items() if (value := figure(one, "value")) is not None and not one.get("near_clip")}
     if not values:
         return Tile("Where", None, "`edgeml eval` compares domains")
-    name = min(values, key=lambda one: values[one])
-    if values[name] >= 0.9995:
-        return Tile("Where", "nowhere", f"each of {plural(len(values), 'domain')} kept at least {percent(values[name])}")
-    others = f"; {plural(len(values) - 1, 'other domain')} kept at least as much" if len(values) > 1 else ""
-    return Tile("Where", named(name), f"lost most: {percent(values[name])} kept ({interval(known[name])}){others}")
+    sure = [name for name in values if (high := figure(known[name], "high")) is not None and high < 1]
+    name = min(sure or values, key=lambda one: values[one])
+    told = f"{percent(values[name])} kept ({quality.kept_interval(known[name])})"
+    if not sure:
+        least = f"the least is {named(name)}, {told}" if values[name] < 1 else f"each kept at least {percent(values[name])}"
+        return Tile("Where", "nowhere for sure", f"no interval of {plural(len(values), 'domain')} lies below 100\u00a0%; {least}")
+    more = f"; {len(sure)} of {plural(len(values), 'domain')} surely lost some" if len(values) > 1 else ""
+    return Tile("Where", named(name), f"lost most: {told}{more}")
 
 
 def _sure(best: Quality | None) -> Tile:
@@ -134,16 +162,19 @@ def _sure(best: Quality | None) -> Tile:
         few = "no interval without a reference" if rows is None else f"only {plural(int(rows), 'row')}: too few for an interval"
         return Tile(question, None, few, warning)
     over = f" of {plural(len(domains), 'domain')}" if domains else ""
+    share = quality.unchanged(kept)
+    if share is not None:
+        found = f"no answer of {plural(int(rows or 0), 'test row')}{over} differs in score from the reference's"
+        return Tile(question, f"0 of {count(rows)} differ", f"{found} (95 %: fewer than {percent(share)} do, rule of three)", warning)
     width = f"\u00b1{50 * (high - low):.1f}\u00a0points"
-    return Tile(question, width, f"95 % interval from {plural(int(rows or 0), 'test row')}{over}", warning)
+    return Tile(question, width, f"95 % interval of what is kept, from {plural(int(rows or 0), 'test row')}{over}", warning)
 
 
 def _environment(records: Sequence[Record]) -> Section:
     found: list[dict[str, Any]] = []
-    for record in records:
-        device = mapping(record, "device")
+    for device, version in _told_machines(records):
         if device:
-            told = {**device, "tool_version": record.get("tool_version")}
+            told = {**device, "tool_version": version}
             same = next((one for one in found if all(one.get(key) in (None, told[key]) or told[key] is None for key in told)), None)
             if same is None:
                 found.append(told)
@@ -168,6 +199,15 @@ def _environment(records: Sequence[Record]) -> Section:
     )
 
 
+def _told_machines(records: Sequence[Record]) -> list[tuple[Mapping[str, Any], Any]]:
+    """Each machine once, as it was told."""
+    seen: dict[str, tuple[Mapping[str, Any], Any]] = {}
+    for record in records:
+        told = (mapping(record, "device"), record.get("tool_version"))
+        seen.setdefault(str(told), told)
+    return list(seen.values())
+
+
 def _told(machine: Mapping[str, Any], key: str) -> str:
     value = machine.get(key)
     if isinstance(value, Mapping | list):
@@ -183,6 +223,16 @@ def _told(machine: Mapping[str, Any], key: str) -> str:
 
 def _machine(record: Record) -> str:
     return clean(text(record, "device.board") or text(record, "device.cpu") or "an unnamed machine")
+
+
+class _Figures:
+    """Every number of every record, looked for when somebody asks."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self._records = records
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return _figures(self._records)
 
 
 def _figures(records: Sequence[Record]) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from edgeml_report import plots
 from edgeml_report.content import Block, Cell, Column, Plot, Section, Table
-from edgeml_report.runs import Record, documents, figure, items, labels, mapping, text
+from edgeml_report.runs import Record, documents, figure, items, labels, mapping, runs_of, text
 from edgeml_report.text import UNMEASURED, clean, count, interval, listed, mib, milliseconds, named, number, percent, plural, ratio
 
 __all__ = ["experts", "latency", "memory", "paging"]
@@ -16,6 +16,9 @@ __all__ = ["experts", "latency", "memory", "paging"]
 Spread = Mapping[str, float | None]
 PERCENTILES = ("min", "p50", "p90", "p95", "p99", "max")
 MOST_DRAWN = 16
+#: So many profiles and routing records are shown in detail.
+MOST_DETAILED = 6
+NONE = "\u2013"
 
 
 def latency(records: Sequence[Record]) -> Section:
@@ -87,10 +90,11 @@ def _load(names: Sequence[str], timed: Sequence[Record]) -> list[Block]:
     for name, record in zip(names, timed, strict=True):
         mix = mapping(record, "mix")
         if mix:
-            rates = [number(figure(mix, key)) if figure(mix, key) is not None else "\u2013" for key in ("offered_per_s", "answered_per_s")]
+            rates = [number(figure(mix, key)) if figure(mix, key) is not None else NONE for key in ("offered_per_s", "answered_per_s")]
             amounts = [count(figure(mix, key)) for key in ("requests", "refused", "late")]
-            rows.append([Cell(name), *map(Cell, (*rates, *amounts))])
-    heads = ("configuration", "requests/s offered", "answered/s", "requests", "refused", "too late")
+            share = figure(record, "stand_in_share")
+            rows.append([Cell(name), *map(Cell, (*rates, *amounts, NONE if share is None else percent(share, False)))])
+    heads = ("configuration", "requests/s offered", "answered/s", "requests", "refused", "too late", "stand-in %")
     caption = "Load: requests that overlap; their latency counts from when each was meant to come"
     return [Table(caption, [Column(head, place > 0) for place, head in enumerate(heads)], rows)] if rows else []
 
@@ -99,8 +103,11 @@ def paging(records: Sequence[Record]) -> Section:
     """When pages came in, and what that cost."""
     title = "Page-ins"
     blocks: list[Block] = []
-    for place, (record, document) in enumerate(documents(records, "profile"), 1):
-        blocks += _timeline(record, document, place)
+    found = [(record, document) for record, document in documents(records, "profile") if items(document, "page_ins")]
+    for place, ((_, document), name) in enumerate(zip(found[:MOST_DETAILED], runs_of(found), strict=False), 1):
+        blocks += _timeline(document, place, name, len(found) > 1)
+    blocks.sort(key=lambda block: isinstance(block, str))  # plots stand beside each other
+    blocks += _left_out(len(found), "profile")
     timed = [record for record, _ in documents(records, "bench") if figure(record, "pageable_pages")]
     if timed:
         names, shared = labels(timed)
@@ -116,7 +123,7 @@ def paging(records: Sequence[Record]) -> Section:
             rounds, hits, misses = (figure(record, key) for key in ("rounds", "hits", "misses"))
             wanted = (hits or 0) + (misses or 0)
             each = [
-                None if rounds is None or figure(record, key) is None else float(figure(record, key) or 0) / rounds
+                None if not rounds or figure(record, key) is None else float(figure(record, key) or 0) / rounds
                 for key in ("misses", "page_in_bytes", "page_wait_s")
             ]
             rows.append(
@@ -171,13 +178,23 @@ def experts(records: Sequence[Record]) -> Section:
     """How often each expert of each site was chosen."""
     title = "Which experts work"
     blocks: list[Block] = []
-    for place, (record, site_counts) in enumerate(_usage(records), 1):
-        blocks += _usage_map(record, site_counts, place)
-    for place, (record, document) in enumerate(documents(records, "routing"), 1):
-        blocks += _locality(record, document, place)
+    used = _usage(records)
+    for place, (name, site_counts) in enumerate(used[:MOST_DETAILED], 1):
+        blocks += _usage_map(name, site_counts, place)
+    blocks += _left_out(len(used), "count of experts", "counts of experts")
+    followed = documents(records, "routing")
+    for place, ((_, document), name) in enumerate(zip(followed[:MOST_DETAILED], runs_of(followed), strict=False), 1):
+        blocks += _locality(document, place, name, len(followed) > 1)
+    blocks += _left_out(len(followed), "routing record")
     if not blocks:
         return Section("experts", title, "No choice of experts was counted: `edgeml profile BUNDLE --records FILE` does that.")
     return Section("experts", title, "A site is a place in the network where each token chooses some of its experts.", blocks)
+
+
+def _left_out(amount: int, what: str, many: str = "") -> list[str]:
+    left = amount - MOST_DETAILED
+    told = f"{count(left)} more {what if left == 1 else many or what + 's'}"
+    return [f"Left out: {told}; a report of fewer records shows them."] if left > 0 else []
 
 
 def _spread(found: Mapping[str, Any]) -> Spread:
@@ -226,7 +243,7 @@ def _slots(record: Record) -> float | None:
     return None if slots is None or each is None else slots * each
 
 
-def _timeline(record: Record, document: Mapping[str, Any], place: int) -> list[Block]:
+def _timeline(document: Mapping[str, Any], place: int, name: str, several: bool) -> list[Block]:
     events = [mapping(one) for one in items(document, "page_ins")]
     found = [(figure(one, "start_s"), figure(one, "end_s"), figure(one, "bytes")) for one in events]
     known = sorted((start, end, size) for start, end, size in found if start is not None and end is not None and size is not None)
@@ -236,8 +253,8 @@ def _timeline(record: Record, document: Mapping[str, Any], place: int) -> list[B
     alt = f"{plural(len(known), 'page-in')} of {mib(total)} in {milliseconds(busy)}; "
     alt += f"half of the bytes had come by {milliseconds(_half(known, total))}."
     draw = plots.timeline([(1e3 * start, 1e3 * end, size / (1 << 20)) for start, end, size in known])
-    title = f"When pages came in, {named(record.get('bundle', ''))}"
-    return [Plot(f"timeline-{place}", title, alt, draw, height=250), alt]
+    alt = f"{name}: {alt}" if several else alt
+    return [Plot(f"timeline-{place}", f"When pages came in, {name}", alt, draw, height=250, wide=False), alt]
 
 
 def _half(events: Sequence[tuple[float, float, float]], total: float) -> float:
@@ -249,25 +266,27 @@ def _half(events: Sequence[tuple[float, float, float]], total: float) -> float:
     return 0.0
 
 
-def _usage(records: Sequence[Record]) -> list[tuple[Record, list[tuple[str, list[float]]]]]:
-    """Of each profile or routing record: site names with how often each expert was chosen."""
+def _usage(records: Sequence[Record]) -> list[tuple[str, list[tuple[str, list[float]]]]]:
+    """Of each profile or routing record: its name and its sites with how often each expert was chosen."""
     found = []
-    for kind in ("profile", "routing"):
-        for record, document in documents(records, kind):
+    kinds = {kind: documents(records, kind) for kind in ("profile", "routing")}
+    for kind, of_kind in kinds.items():
+        for name_of, (_, document) in zip(runs_of(of_kind), of_kind, strict=True):
+            run = f"{kind} of {name_of}" if all(kinds.values()) else name_of
             sites = [
                 (
                     clean(text(one, "name") or "site"),
-                    [float(n) for n in items(one, "expert_calls") or items(one, "usage") if isinstance(n, int | float)],
+                    [max(0.0, figure({"n": n}, "n") or 0.0) for n in items(one, "expert_calls") or items(one, "usage")],
                 )
                 for one in map(mapping, items(document, "sites"))
             ]
             sites = [(name, calls) for name, calls in sites if calls and sum(calls) > 0]
             if sites:
-                found.append((record, sites))
+                found.append((run, sites))
     return found
 
 
-def _usage_map(record: Record, sites: Sequence[tuple[str, list[float]]], place: int) -> list[Block]:
+def _usage_map(run: str, sites: Sequence[tuple[str, list[float]]], place: int) -> list[Block]:
     shares = [(name, [value / sum(calls) for value in calls]) for name, calls in sites]
     idle = sum(value == 0 for _, calls in sites for value in calls)
     total = sum(len(calls) for _, calls in sites)
@@ -292,15 +311,15 @@ def _usage_map(record: Record, sites: Sequence[tuple[str, list[float]]], place: 
         Column("never chosen", True),
         Column("busiest experts"),
     ]
-    title = f"How often each expert was chosen, in times its even share; {named(record.get('bundle', ''))}"
+    title = f"How often each expert was chosen, in times its even share; {run}"
     plot = Plot(f"usage-{place}", title, alt, plots.usage(shares), height=96 + 20 * min(len(sites), 40))
-    return [plot, Table(f"Experts by site, {named(record.get('bundle', ''))}", columns, rows, folded=len(rows) > 12)]
+    return [plot, Table(f"Experts by site, {run}", columns, rows, folded=len(rows) > 12)]
 
 
-def _locality(record: Record, document: Mapping[str, Any], place: int) -> list[Block]:
+def _locality(document: Mapping[str, Any], place: int, bundle: str, several: bool) -> list[Block]:
     """What routing's own document says in short: its advice, what a cache makes of the choices, and how predictable they are."""
-    bundle = named(record.get("bundle", ""))
-    blocks: list[Block] = [f"Advice of `edgeml routing`: {clean(advice, 600)}" for advice in (text(document, "advice"),) if advice]
+    of = f", {bundle}" if several else ""
+    blocks: list[Block] = [f"Advice of `edgeml routing`{of}: {clean(advice, 600)}" for advice in (text(document, "advice"),) if advice]
     curves = {clean(name): _curve(document, name) for name in mapping(document, "hit_rate")}
     curves = {name: curve for name, curve in curves.items() if curve}
     if curves:
@@ -311,7 +330,7 @@ def _locality(record: Record, document: Mapping[str, Any], place: int) -> list[B
         blocks.append(
             Plot(f"hits-{place}", f"How often an expert is in memory, by policy; {bundle}", alt, plots.curves(curves), height=290)
         )
-        if "belady" in curves:
+        if "belady" in curves and place == 1:
             blocks.append("belady knows the future: no policy can do better.")
         rows = [[Cell(f"{number(held)} times"), *(Cell(percent(curve.get(held))) for curve in curves.values())] for held in ratios]
         heads = [Column("held, of those a token uses"), *(Column(name, True) for name in curves)]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = [
+    "OUT_OF_RANGE",
     "UNMEASURED",
     "clean",
     "count",
@@ -25,6 +26,9 @@ __all__ = [
 ]
 
 UNMEASURED = "not measured"
+#: Of a figure that no machine measures.
+OUT_OF_RANGE = "out of range"
+LARGEST = 1e18
 LONGEST = 96
 #: A space that does not break, between a figure and its unit.
 NBSP = "\u00a0"
@@ -59,13 +63,13 @@ def plural(amount: int, what: str) -> str:
 
 def count(value: float | None) -> str:
     """A whole number with thousands apart."""
-    return UNMEASURED if value is None else _signed(f"{value:,.0f}").replace(",", "\u202f")
+    return _wrong(value) or _signed(f"{value:,.0f}").replace(",", "\u202f")
 
 
 def number(value: float | None, digits: int = 3, most: int = 9) -> str:
     """A figure with three significant digits, but no more than `most` decimals; thousands in full."""
-    if value is None:
-        return UNMEASURED
+    if value is None or _wrong(value):
+        return _wrong(value)
     if value == 0:
         return "0"
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value)) + 1e-12))
@@ -77,37 +81,37 @@ def number(value: float | None, digits: int = 3, most: int = 9) -> str:
 
 def milliseconds(value: float | None, unit: bool = True) -> str:
     """Seconds as milliseconds, at most three decimals."""
-    return UNMEASURED if value is None else number(1e3 * value, most=3) + (f"{NBSP}ms" if unit else "")
+    return _wrong(value) or number(1e3 * (value or 0), most=3) + (f"{NBSP}ms" if unit else "")
 
 
 def mib(value: float | None, unit: bool = True) -> str:
     """Bytes as MiB, at most two decimals."""
-    return UNMEASURED if value is None else number(value / (1 << 20), most=2) + (f"{NBSP}MiB" if unit else "")
+    return _wrong(value) or number((value or 0) / (1 << 20), most=2) + (f"{NBSP}MiB" if unit else "")
 
 
 def size(value: float | None) -> str:
     """Bytes in the unit that fits."""
     units = ("B", "KiB", "MiB", "GiB")
-    scale = 0 if not value or value < 1 else min(int(math.log2(value) / 10 + 0.0005), 3)
-    return UNMEASURED if value is None else f"{number(value / (1 << 10 * scale), most=3 if scale else 0)}{NBSP}{units[scale]}"
+    scale = 0 if not value or value < 1 or _wrong(value) else min(int(math.log2(value) / 10 + 0.0005), 3)
+    return _wrong(value) or f"{number((value or 0) / (1 << 10 * scale), most=3 if scale else 0)}{NBSP}{units[scale]}"
 
 
 def percent(value: float | None, unit: bool = True) -> str:
     """A share as a percentage with one decimal."""
-    return UNMEASURED if value is None else _signed(f"{100 * value:.1f}") + (f"{NBSP}%" if unit else "")
+    return _wrong(value) or _signed(f"{100 * (value or 0):.1f}") + (f"{NBSP}%" if unit else "")
 
 
 def points(value: float | None, unit: bool = True) -> str:
     """A difference of shares in points, with its sign."""
-    if value is None:
-        return UNMEASURED
+    if value is None or _wrong(value):
+        return _wrong(value)
     shown = _signed(f"{100 * value:+.1f}")
     return ("0.0" if shown[1:] == "0.0" else shown) + (f"{NBSP}points" if unit else "")
 
 
 def ratio(value: float | None, unit: bool = True) -> str:
     """An index, which has no unit, with two decimals."""
-    return UNMEASURED if value is None else _signed(f"{value:.2f}")
+    return _wrong(value) or _signed(f"{value:.2f}")
 
 
 def interval(found: Mapping[str, Any] | None, show: Any = percent) -> str:
@@ -118,6 +122,11 @@ def interval(found: Mapping[str, Any] | None, show: Any = percent) -> str:
         return "no interval: too few examples"
     low, high = (None if found.get(end) is None else show(found[end], False) for end in ("low", "high"))
     return f"{low}{NBSP}to{NBSP}{high}" if low and high else f"at least {low}" if low else f"at most {high}"
+
+
+def _wrong(value: float | None) -> str:
+    """What stands where no figure can: it was not measured, or is none; empty for one that can be shown."""
+    return UNMEASURED if value is None else "" if abs(value) < LARGEST else OUT_OF_RANGE
 
 
 def _signed(text: str) -> str:

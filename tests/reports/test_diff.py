@@ -219,7 +219,8 @@ def test_the_record_has_the_same_document(place: Path, tmp_path: Path, run: Run)
         assert (record["bundle_id"], found["reference_bundle_id"]) == (small.id, full.id)
     report = to_markdown(document([record]))
     assert "Which part lost it" in report
-    assert f"edgeml diff full.edgeml small.edgeml --threads {record['threads']} --data DATA --split validation --limit 64" in report
+    assert "edgeml diff full.edgeml small.edgeml --data DATA --split validation --tasks " in report
+    assert f" --limit 64 --threads {record['threads']} --records" in report
 
 
 @pytest.mark.skipif(chromium.BROWSER is None, reason=f"needs one of {', '.join(chromium.NAMES)}")

@@ -64,7 +64,7 @@ def test_without_matplotlib_a_note_says_how_to_get_plots(
     monkeypatch.setattr(plots, "available", lambda: False)
     code, _, err = run(capsys, records, "-o", records.with_name("r.html"))
     assert code == 0
-    assert "pip install 'edgeml-runtime[report]'" in err
+    assert "pip install matplotlib" in err
     assert run(capsys, records, "-o", records.with_name("r.html"), "--quiet")[1:] == ("", "")
 
 

@@ -112,7 +112,7 @@ def test_the_page_and_the_table_have_them_too() -> None:
 
 def test_the_commands_name_the_machine_and_the_emulated_device() -> None:
     text = to_markdown(document([pulled("pi@garden"), emulated()]))
-    assert "edgeml device bench small.edgeml --task banking77 --threads 2 --to pi@garden" in text
+    assert "edgeml device bench small.edgeml --task banking77 --memory 100% --threads 2 --to pi@garden" in text
     assert "edgeml device run --device raspberry-pi-zero-2-w --emulate small.edgeml" in text
 
 

@@ -216,7 +216,10 @@ def test_answers_are_scored_again_without_running(here: Path, tmp_path: Path, ca
     monkeypatch.setattr(edgeml.session.Session, "run", lambda *_, **__: pytest.fail("it was asked again"))
     again = said(capsys, *arguments)
     assert file.read_bytes() == content
-    scored = said(capsys, "--from-predictions", file)
+    assert main(["eval", "--from-predictions", str(file), "--json"]) == 0
+    out, err = capsys.readouterr()
+    scored = json.loads(out)
+    assert err == "note: DSI_route is not told: routing is followed only where a model answers\n"
     for other in (again, scored):
         for key in set(first) - {"record", "skipped", "dsi_route", "routed_choices"}:
             assert other[key] == first[key], key

@@ -46,5 +46,8 @@ def test_a_room_that_is_not_installed_is_named_in_help_and_in_one_sentence(name:
     monkeypatch.setattr("edgeml.cli.entry_points", lambda group: [])
     context = click.Context(group)
     assert name in group.list_commands(context)
-    with pytest.raises(MissingExtra, match=rf"^edgeml {name} needs the extra '\w+': pip install 'edgeml-runtime\[\w+\]'$"):
+    with pytest.raises(
+        MissingExtra,
+        match=rf"^edgeml {name} needs the extra '\w+': pip install 'edgeml-runtime\[\w+\]' \(from a checkout: pip install \./\w+\)$",
+    ):
         group.get_command(context, name)
