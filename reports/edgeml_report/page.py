@@ -15,9 +15,7 @@ from edgeml_report.text import UNMEASURED, listed
 __all__ = ["to_html"]
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-UNPLOTTED = (
-    "Plots are left out, the tables have their figures: `pip install matplotlib` and make the report again to see them."
-)
+UNPLOTTED = "Plots are left out, the tables have their figures: `pip install matplotlib` and make the report again to see them."
 
 #: Bytes of a page and of its plots, and rows of a table, fewer where the page would be too large.
 MOST_BYTES, MOST_DRAWN, ROWS = 2_000_000, 1_200_000, (MOST_ROWS, 60, 20, 6)
