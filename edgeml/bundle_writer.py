@@ -10,6 +10,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import signal
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -39,7 +40,7 @@ from edgeml.layout import (
 from edgeml.native import crc32c
 from edgeml.strict_json import StrictJsonError, encode_object
 
-__all__ = ["PageSource", "encode_manifest", "write_bundle", "write_file"]
+__all__ = ["PageSource", "encode_manifest", "interruptible", "write_bundle", "write_file"]
 
 Manifest = Mapping[str, Any]
 
@@ -262,3 +263,20 @@ def _write_error(path: Path, error: OSError) -> Exception:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return DeviceError(f"{path}: no room to write it ({error.strerror}); free some space, nothing was changed")
     return DeviceError(f"{path}: cannot be written ({error.strerror}); nothing was changed")
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """In the main thread: a polite kill and a lost terminal are interruptions too, so that what is half done is taken away first."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)

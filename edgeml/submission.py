@@ -43,6 +43,7 @@ class TextWork:
         self.task = task
         self.leases: dict[str, ResidentSet] = {} if resident is None else {"": resident}
         self.until: float | None = None
+        self.passed = False  # others that could not wait were run before it
         self._left = deque(batches)
         self._parts: list[tuple[NDArray[np.intp], Floats]] = []
         self._result = Result(task.name, truncated=list(truncated), row_s=[0.0] * len(truncated))
@@ -166,9 +167,10 @@ class SessionEngine:
         )
 
     def compute(self, works: Sequence[TextWork | ImageWork], used: WorkingSet, paged: Callable[[], None]) -> None:
-        """A step of each. Answers are kept once all of them are there.
+        """A step of each; answers are kept once all of them are there.
 
-        Under hybrid residency those that cannot wait are run first, so that the others are not masked for their sake.
+        Under hybrid residency only those that cannot wait take one, so that they are not late and the others not masked for their sake;
+        the others keep theirs for a later batch, once. Passed over before, they are run in this batch too.
         """
         first = works[0]
         if isinstance(first, ImageWork):
@@ -180,6 +182,10 @@ class SessionEngine:
             paged()
             return
         parts = [(texts[0].leases[used.stand_in], texts)] if used.leased else self._in_time(first.task, texts)
+        if not any(work.passed for work in parts[-1][1]):
+            for work in parts[-1][1] if len(parts) > 1 else ():
+                work.passed = True
+            parts = parts[:1]
         found: list[tuple[list[TextWork], Floats, Counters, float]] = []
         for resident, part in parts:
             counters, started = Counters(), time.perf_counter()

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import click
 
+from edgeml.bundle_writer import interruptible
 from edgeml.sizes import format_bytes
 
 __all__ = ["command"]
@@ -77,7 +76,7 @@ def command(
 
     show = not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
     try:
-        with _interruptible():
+        with interruptible():
             evidence = export(source, output, recipe, data, experts, dense, _bar if show else None, show, split_at, work, target)
     except NothingFits as refused:
         if as_json:
@@ -90,21 +89,29 @@ def command(
         return
     for line in fit_lines(evidence["fit"]) if "fit" in evidence else []:
         click.echo(line)
-    size = evidence["bytes"]
-    click.echo(f"{output}: {format_bytes(size['bundle'])}, was {format_bytes(size['reference'])}")
-    what = "images" if "variants" in evidence else "rows"
-    for name, task in evidence.get("tasks", {}).items():
-        difference = 100 * (task["score"] - task["reference_score"])
-        click.echo(f"  {name:<28} {task['metric']:<9} {100 * task['score']:5.1f} ({difference:+.1f}) on {task['n']} {what}")
-    if "mean_score" in evidence:
-        difference = 100 * (evidence["mean_score"] - evidence["mean_reference_score"])
-        click.echo(f"  {'mean':<28} {'':<9} {100 * evidence['mean_score']:5.1f} ({difference:+.1f})")
-    for name, variant in evidence.get("variants", {}).items():
-        click.echo(f"  {name:<28} {_variant(variant)}")
-    for left in evidence.get("dropped", []):
-        click.echo(f"  left out: {left['name']} ({left['reason']})")
+    for line in _found(output, evidence):
+        click.echo(line)
     if "fit" in evidence:
         click.echo(evidence["fit"]["said"])
+
+
+def _found(output: str, evidence: dict[str, Any]) -> Iterator[str]:
+    """Size, scores and variants of what was written, and what was left out."""
+    size = evidence["bytes"]
+    yield f"{output}: {format_bytes(size['bundle'])}, was {format_bytes(size['reference'])}"
+    what = "images" if "variants" in evidence else "rows"
+    if evidence.get("fit", {}).get("run", {}).get("residency") == "masked":
+        yield "with nothing masked, on the test split:"
+    for name, task in evidence.get("tasks", {}).items():
+        difference = 100 * (task["score"] - task["reference_score"])
+        yield f"  {name:<28} {task['metric']:<9} {100 * task['score']:5.1f} ({difference:+.1f}) on {task['n']} {what}"
+    if "mean_score" in evidence:
+        difference = 100 * (evidence["mean_score"] - evidence["mean_reference_score"])
+        yield f"  {'mean':<28} {'':<9} {100 * evidence['mean_score']:5.1f} ({difference:+.1f})"
+    for name, variant in evidence.get("variants", {}).items():
+        yield f"  {name:<28} {_variant(variant)}"
+    for left in evidence.get("dropped", []):
+        yield f"  left out: {left['name']} ({left['reason']})"
 
 
 def _variant(variant: dict[str, Any]) -> str:
@@ -119,17 +126,3 @@ def _variant(variant: dict[str, Any]) -> str:
 def _bar(label: str, length: int) -> Iterator[Callable[[int], None]]:
     with click.progressbar(length=length, label=label, file=sys.stderr) as bar:
         yield bar.update
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """A polite kill is an interruption: what is half done is taken away first."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> Any:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -92,6 +92,8 @@ def read_target(
             raise UsageError(f"{odd} is about a device: name it with --device, such as raspberry-pi-4 (edgeml device list has all)")
         return None
     latency = None if max_latency is None else parse_seconds(max_latency)
+    if max_memory is not None and (max_memory.endswith("%") or max_memory == "auto"):
+        raise UsageError(f"--max-memory is a size such as 512MiB, and not {max_memory:.40}: it is a limit on the whole process")
     memory = None if max_memory is None else parse_bytes(max_memory)
     if latency == 0 or memory == 0:
         raise UsageError("a limit of 0 refuses everything; leave the option out for no limit")

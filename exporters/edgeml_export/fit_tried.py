@@ -114,19 +114,23 @@ class Fitting:
         }
         if chosen is None:
             return document
-        option = f" with --memory {chosen.memory} --residency {chosen.found.residency}" if chosen.memory else ""
+        option = f" with --memory {chosen.memory} --residency {chosen.found.residency} --threads {target.threads}" if chosen.memory else ""
         slow, large = chosen.found.latency, chosen.found.memory
         ends = f"{duration(slow.low)} to {duration(slow.high)}"
         said = f"run it{option}" if option else "everything is held"
         figures = f"predicted {duration(slow.value)} ({ends}) and {format_bytes(int(large.value))} at its peak"
-        if chosen.retention is not None:
-            figures += f"; masked like that it retains {chosen.retention:.1%} on validation"
+        if chosen.found.residency == "masked" and chosen.lost is not None:
+            figures += f"; masked like that it loses {chosen.lost:.2f} points on validation"
+            figures += "" if chosen.retention is None else f" and retains {chosen.retention:.1%}"
         run = {key: chosen.as_json()[key] for key in ("name", "memory", "memory_budget_bytes", "residency")}
         return document | {"run": run, "said": f"{target.profile.title}: {said}, {figures}"}
 
     def nothing(self, more: Sequence[Tried] = (), hint: str = "") -> NothingFits:
         """The refusal. `more`: candidates that were not tried under these limits but might do under others."""
-        target, open_ones = self.target, [each for each in self.tried if each.refused is None]
+        # A way to store it that the recipe refused with exact answers is refused whatever its budget: it would fit nowhere.
+        broken = {each.name for each in self.tried if each.refused is not None and each.found.residency == "exact"}
+        target, open_ones = self.target, [each for each in self.tried if each.refused is None and each.name not in broken]
+        more = [each for each in more if each.name not in broken]
         parts = []
         refused = next((each for each in self.tried if each.refused is not None and each.fits), None)
         if refused is not None:
@@ -191,7 +195,7 @@ class Fitting:
         for profile in others(self.target.profile):
             there = self.target.on(profile)
             try:
-                fits = any(not estimate(one.sketch, there, only=one.found.task).missed(there) for one in reversed(last))
+                fits = any(not estimate(one.sketch, there).missed(there) for one in reversed(last))
             except UsageError:  # a profile that lacks a figure says nothing
                 continue
             found += [profile.name] if fits else []
@@ -209,7 +213,7 @@ def duration(seconds: float) -> str:
 def _upwards(seconds: float) -> float:
     """The next time of two figures: a limit that is easy to write."""
     step = 10.0 ** (math.floor(math.log10(seconds)) - 1)
-    return math.ceil(seconds / step - 1e-9) * step
+    return math.ceil(seconds / step + 1e-6) * step
 
 
 def _round(size: float) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeml.batching import batches
+from edgeml.bundle_writer import interruptible
 from edgeml.commands._inputs import choose_tasks, given_rows, on_images
 from edgeml.commands._options import json_option, progress, quiet_option, records_option
 from edgeml.data import SPLITS, Row, find_tasks
@@ -76,7 +77,7 @@ def command(
     """
     other = bundle or reference
     _check(bundle, variant, reference_variant, options)
-    with ExitStack() as stack:
+    with interruptible(), ExitStack() as stack:
         second = stack.enter_context(Opened.open(other, variant, threads))
         first = stack.enter_context(Opened.open(reference, reference_variant, threads))
         if bundle is None and first.variant == second.variant:

@@ -250,10 +250,10 @@ def _parts(record: Record) -> list[str]:
 
 
 def frontier(places: Sequence[tuple[float, float]]) -> list[int]:
-    """The indices of (cost, quality) that no other beats in both, by cost."""
-    best, kept = -math.inf, []
+    """The indices of (cost, quality) that no other beats in both, by cost; equals are all kept."""
+    best, kept = -math.inf, list[int]()
     for number in sorted(range(len(places)), key=lambda number: (places[number][0], -places[number][1])):
-        if places[number][1] > best:
+        if places[number][1] > best or (kept and places[number] == places[kept[-1]]):
             best = places[number][1]
             kept.append(number)
     return kept

@@ -17,14 +17,14 @@ from edgeml_export.fit import Sketch, Target, estimate, read_target
 from edgeml_export.fit_mixture import plans
 from edgeml_export.fit_tried import NothingFits, duration
 from edgeml_export.model import Model
-from edgeml_export.passes import Verify
+from edgeml_export.passes import Agree, Job, Verify, View
 from edgeml_export.quantize import QuantizePlan
 from edgeml_export.recipe import Recipe, parse_recipe
 
 from edgeml import cli, native
 from edgeml.bundle import Bundle
 from edgeml.device import Figure, Profile, write_profile
-from edgeml.errors import UsageError
+from edgeml.errors import QualityRefused, UsageError
 from edgeml.manifest import load_manifest
 from edgeml.sizes import parse_bytes
 from edgeml.store import plan_budget
@@ -137,7 +137,8 @@ def test_where_paging_is_too_slow_experts_are_masked_and_measured(model: Model, 
     assert 0.3 < masked["usage_covered"] < 1
     assert masked["lost_points"] is not None
     assert masked["retention"] is not None
-    assert fit["said"].endswith(f"at its peak; masked like that it retains {masked['retention']:.1%} on validation")
+    assert fit["said"].endswith(f"on validation and retains {masked['retention']:.1%}")
+    assert f"masked like that it loses {masked['lost_points']:.2f} points" in fit["said"]
 
 
 def test_a_mask_that_loses_too_much_is_refused(
@@ -178,6 +179,28 @@ def test_a_limit_of_the_recipe_leads_to_the_next_candidate(model: Model, data: P
     assert "routers agree on" in last["refused"]
     assert "experts int4, dense int4, all in memory would, but routers agree on" in str(refused)
     assert "of the rest experts int8, dense int4" in str(refused)
+
+
+def test_what_the_recipe_refuses_is_not_offered_under_other_limits(
+    model: Model, data: Path, table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only f32 is good enough, and f32 is too large: more memory would help, and less memory for a refused plan would not."""
+
+    def apply(_: Agree, job: Job, __: View | None) -> None:
+        if (job.plan.experts, job.plan.dense) != ("f32", "f32"):
+            raise QualityRefused("nothing was written: routers agree on too little")
+
+    monkeypatch.setattr(Agree, "apply", apply)
+    recipe = parse_recipe(
+        {"name": "c", "pass": [{"kind": "quantize"}, {"kind": "agree", "rows": 4, "min_router_agreement": 0.0}]}, "recipe"
+    )
+    limit = int(figures(table)[0][2]) - 40_000
+    refused = refusal(model, tmp_path / "m.edgeml", recipe, data, max_latency_s=0.011, max_memory_bytes=limit)
+    would = refused.document["would_fit"]
+    assert would["max_memory_bytes"] > limit
+    assert "would not help" not in str(refused)
+    fit = export(model, tmp_path / "m.edgeml", recipe, data, max_latency_s=0.011, max_memory_bytes=int(figures(table)[0][2]) + 1)
+    assert fit["run"]["name"] == "experts f32, dense f32"
 
 
 def test_the_refusal_names_what_is_missed_and_what_would_fit(model: Model, table: dict[str, Any], tmp_path: Path) -> None:
@@ -301,7 +324,7 @@ def test_the_command_shows_what_it_tried_and_inspect_how_to_run_it(
     assert lines[2].endswith("too slow")
     chosen = next(line for line in lines if line.endswith("chosen"))
     assert chosen.startswith("experts int8, dense int8, all in memory")
-    assert lines[-1].startswith("A made device: run it with --memory 100% --residency exact, predicted 5.")
+    assert lines[-1].startswith("A made device: run it with --memory 100% --residency exact --threads 1, predicted 5.")
     assert cli.main(["inspect", str(out)]) == 0
     assert f"fitted to {lines[-1]}" in capsys.readouterr().out
 
@@ -329,7 +352,7 @@ def test_the_refusal_of_the_command_is_a_table_and_a_sentence(command: Any, sour
         (["--confident"], 2, "--confident is about a device"),
         (["--device", "MADE", "--max-latency", "fast"], 2, "'fast' is not a duration: write 20ms"),
         (["--device", "MADE", "--max-latency", "0ms"], 2, "a limit of 0 refuses everything"),
-        (["--device", "MADE", "--max-memory", "50%"], 2, "'50%' is not a size"),
+        (["--device", "MADE", "--max-memory", "50%"], 2, "--max-memory is a size such as 512MiB, and not 50%"),
         (["--device", "none.toml"], 3, "none.toml: cannot be read"),
     ],
 )
@@ -367,7 +390,7 @@ def test_without_edgeml_devices_a_name_says_how_to_install_them(made: str) -> No
     program = f"""
 import sys
 sys.modules["edgeml_devices"] = None
-from edgeml.errors import UsageError
+from edgeml.errors import QualityRefused, UsageError
 from edgeml_export.fit import read_target
 assert read_target({made!r}, None, None, None, False, True).profile.name == "made"
 try:

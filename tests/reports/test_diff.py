@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -317,3 +319,21 @@ def test_the_help_shows_it_and_says_where_it_is(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(cli, "_others", dict)
     assert cli.main(["diff", "a.edgeml", "b.edgeml"]) == 2
     assert "pip install 'edgeml-runtime[report]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_polite_kill_leaves_no_mixture_behind(number: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[Path] = []
+
+    def killed(path: Path, *_: Any) -> None:
+        path.write_bytes(b"half")
+        left.append(path)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr("edgeml_report.diff.write_mixture", killed)
+    before = signal.getsignal(number)
+    question = ["--data", str(place / "data"), "--quiet"]
+    assert cli.main(["diff", str(place / "full.edgeml"), str(place / "small.edgeml"), *question]) == 130
+    assert left
+    assert not left[0].exists()
+    assert signal.getsignal(number) == before

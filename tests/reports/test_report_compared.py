@@ -10,6 +10,7 @@ import pytest
 import reported
 from edgeml_report import document, to_markdown
 from edgeml_report.content import Document, Table
+from edgeml_report.runs import frontier
 
 NO_WIDTH = {"value": 1.0, "low": 1.0, "high": 1.0, "n": 120}
 
@@ -115,3 +116,7 @@ def test_a_share_of_stand_ins_is_shown_and_a_dash_without() -> None:
     records = [reported.loaded() | {"stand_in_share": 0.125}, reported.loaded() | {"stand_in_share": None, "threads": 1}]
     rows = [line for line in to_markdown(document(records)).splitlines() if "| 400 |" in line]
     assert [row.split("|")[-2].strip() for row in rows] == ["12.5", "\u2013"]
+
+
+def test_equals_are_on_the_frontier_together() -> None:
+    assert frontier([(9, 1.0), (9, 1.0), (9, 0.9), (10, 1.0), (11, 1.2)]) == [0, 1, 4]

@@ -343,8 +343,11 @@ class Judge:
         return lambda batch: self.mask if left_s < LIMIT_S else None
 
 
-@given(st.lists(st.one_of(st.none(), st.sampled_from([-5.0, 1.0, 20.0, 400.0, 5000.0])), min_size=1, max_size=12))
-def test_those_that_cannot_wait_come_first_and_the_others_are_not_masked(manifest: Manifest, lefts: Sequence[float | None]) -> None:
+@given(st.lists(st.one_of(st.none(), st.sampled_from([-5.0, 1.0, 20.0, 400.0, 5000.0])), min_size=1, max_size=12), st.booleans())
+def test_those_that_cannot_wait_come_first_and_the_others_are_not_masked(
+    manifest: Manifest, lefts: Sequence[float | None], passed_before: bool
+) -> None:
+    """The others keep their step, once: passed over before, they are run beside those that cannot wait."""
     task = next(task for task in manifest.tasks if task.name == "weather")
     mask = ResidentSet((), mask_of(manifest, ()), "film")
     judge, calls, paged = Judge(mask), list[tuple[list[int], str]](), list[int]()
@@ -360,12 +363,20 @@ def test_those_that_cannot_wait_come_first_and_the_others_are_not_masked(manifes
     for number, left in enumerate(lefts):
         works.append(text_work(task, [checked_arrays({"ids": np.full((1, 2 + number % 3), number)})], None, manifest))
         works[-1].until = None if left is None else now + left
+        works[-1].passed = passed_before
     engine = SessionEngine(lambda task: WorkingSet(task.name), judge, run, lambda *_: None)  # type: ignore[arg-type]
     engine.compute(works, WorkingSet("weather"), lambda: paged.append(1))
     late = [number for number, left in enumerate(lefts) if left is not None and left < LIMIT_S]
-    wanted = [(late, "film"), ([number for number in range(len(lefts)) if number not in late], "all")]
-    assert [(sorted(rows), named) for rows, named in calls] == [part for part in wanted if part[0]]
+    patient = [number for number in range(len(lefts)) if number not in late]
+    wanted = [part for part in ((late, "film"), (patient, "all")) if part[0]]
+    together = passed_before or len(wanted) == 1
+    assert [(sorted(rows), named) for rows, named in calls] == (wanted if together else wanted[:1])
     assert paged == [1]
+    if not together:
+        assert all(works[number].step() is not None and works[number].passed for number in patient)
+        assert all(works[number].step() is None for number in late)
+        engine.compute([works[number] for number in patient], WorkingSet("weather"), lambda: paged.append(1))
+        assert [(sorted(rows), named) for rows, named in calls] == wanted
     for number, work in enumerate(works):
         result = work.result()
         assert result.scores is not None
