@@ -478,9 +478,11 @@ def main() -> None:
     ends = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
 
     def stop(*_: Any) -> None:
+        """All of it here: what a signal raised could come out between two lines below, and nothing would be tidied up."""
         for number in ends:  # once: tidying up is not to be interrupted
             signal.signal(number, signal.SIG_IGN)
-        sys.exit(4)
+        worker.close()
+        os._exit(0)  # threads that read a command's last words hold up nothing
 
     for number in ends:
         signal.signal(number, stop)
@@ -489,10 +491,7 @@ def main() -> None:
     except Exception:
         traceback.print_exc()
     finally:
-        with suppress(SystemExit):
-            stop()
-        worker.close()
-        os._exit(0)  # threads that read a command's last words hold up nothing
+        stop()
 
 
 if __name__ == "__main__":
