@@ -145,7 +145,8 @@ def main() -> int:
         "against_the_record_before": by_record(records, 1), "against_the_eight_before": by_record(records, 2 * FEWEST_RECORDS),
         "design": {"share": SHARE, "z": Z},
     }  # fmt: skip
-    return finish("bench-gate", verdicts, figures, chosen.records)
+    name = "bench-gate" if chosen.threads == 1 else f"bench-gate-{chosen.threads}-threads"
+    return finish(name, verdicts, figures, chosen.records)
 
 
 if __name__ == "__main__":

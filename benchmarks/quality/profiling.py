@@ -181,7 +181,8 @@ def main() -> int:
         verdicts.append(verdict(label, "1 within noise", rest.value, (rest.low or 0) <= 1 + noise, rest, noise=noise))
         figures[memory] |= {"off_over_none": rest.as_json(), "same_program": same.as_json()}
     about = {"task": task, "pairs": chosen.pairs, "rounds_a_turn": ROUNDS, "tokens": chosen.tokens, "threads": chosen.threads}
-    return finish("profiling-overhead", verdicts, about | {"figures": figures}, chosen.records)
+    name = "profiling-overhead" if chosen.threads == 1 else f"profiling-overhead-{chosen.threads}-threads"
+    return finish(name, verdicts, about | {"figures": figures}, chosen.records)
 
 
 if __name__ == "__main__":
