@@ -182,8 +182,8 @@ class SessionEngine:
             paged()
             return
         parts = [(texts[0].leases[used.stand_in], texts)] if used.leased else self._in_time(first.task, texts)
-        if not any(work.passed for work in parts[-1][1]):
-            for work in parts[-1][1] if len(parts) > 1 else ():
+        if len(parts) > 1 and not any(work.passed for work in parts[1][1]):
+            for work in parts[1][1]:
                 work.passed = True
             parts = parts[:1]
         found: list[tuple[list[TextWork], Floats, Counters, float]] = []

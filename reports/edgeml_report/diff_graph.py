@@ -28,8 +28,6 @@ FINAL = {"Sigmoid", "Softmax"}
 WHOLE = {("PagedExperts", 1)}
 _SUBGRAPHS = (6, 11)  # fields of an attribute
 
-Fields = list[tuple[int, int | bytes]]
-
 
 @dataclass(frozen=True)
 class Node:
